@@ -1,0 +1,30 @@
+# Needs Python 3.11 or newer and make. Everything lands in .venv and demo_output.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean-demo
+
+$(STAMP): setup.py pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: $(PYTHON) is older than 3.11; use make PYTHON=python3.12 or similar"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## both phases on embedded data; pictures in demo_output/run
+	$(BIN)/ray-pipeline train --config configs/demo.yaml $$(test -f demo_output/run/config.yaml && echo --resume)
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)  ## full-size figures; needs 16 GB of free memory and nothing else running
+	$(BIN)/python benchmarks/step.py
+
+clean-demo:
+	rm -rf demo_output

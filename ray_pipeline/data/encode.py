@@ -1,0 +1,341 @@
+"""Ray Data job: tiles and their hints -> latent shards. One row of the job is one shard, encoded in an actor.
+
+A shard's bytes depend only on its tiles, the autoencoder and the hint settings, so a job that was cut off goes on
+with the shards that are not there yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from ray_pipeline.data.hints import PAIRED, HintSettings, dihedral, make_hint
+from ray_pipeline.data.images import read_tile
+from ray_pipeline.data.latents import (
+    FORMAT_VERSION,
+    LatentStats,
+    LatentStore,
+    parse_stats,
+    shard_is_whole,
+    write_shard,
+)
+from ray_pipeline.data.manifest import check_tiles, dataset_folders, load_manifest, load_pairs
+from ray_pipeline.errors import UserError
+from ray_pipeline.models.autoencoder import DOWNSCALE, Autoencoder, load_autoencoder
+from ray_pipeline.monitoring.phase_state import replace_file
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """All that decides the bytes of a store."""
+
+    root: str
+    store: str
+    tile_size: int
+    hints: tuple[str, ...]
+    hint_settings: HintSettings
+    variants: int
+    shard_rows: int
+    autoencoder: str
+    precision: str
+    latent_channels: int
+    batch_size: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        side = self.tile_size // DOWNSCALE
+        return (self.latent_channels, side, side)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row: every variant of the tile and of each hint, fp16."""
+        return int(np.prod(self.shape)) * 2 * self.variants * (1 + len(self.hints))
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """One tile to encode: its id, file, and the files of its degraded partners by hint name."""
+
+    id: str
+    path: str
+    partners: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Tiles of every split in the order of their rows, the data sets' ranges, and a hash of all of it."""
+
+    rows: dict[str, list[TileRow]]
+    datasets: dict[str, list[dict]]
+    fingerprint: str
+
+
+def list_tiles(job: EncodeJob) -> Listing:
+    """Every foundation data set under the root, by name; UserError for missing manifests, images or splits."""
+    folders = dataset_folders(job.root)
+    if not folders:
+        raise UserError(
+            f"data.root={job.root} holds no foundation/<dataset>/manifests; write some with `ray-pipeline prepare` or "
+            "`ray-pipeline simulate`, or correct data.root"
+        )
+    rows: dict[str, list[TileRow]] = {split: [] for split in SPLITS}
+    ranges: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    digest = hashlib.sha256()
+    for folder in folders:
+        pairs = _partners(job, folder.name)
+        for split in SPLITS:
+            listed = _split_rows(folder, split, job, pairs, digest)
+            ranges[split].append({"name": folder.name, "start": len(rows[split]), "count": len(listed)})
+            rows[split] += listed
+    for split in ("train", "val"):
+        if not rows[split]:
+            raise UserError(f"data.root={job.root} has no tile in split {split}; prepare the data with both splits")
+    return Listing(rows=rows, datasets=ranges, fingerprint=digest.hexdigest())
+
+
+def fingerprint(job: EncodeJob, listing: Listing, autoencoder: Autoencoder) -> str:
+    """sha256 of manifests, autoencoder weights, and every setting that changes a stored byte."""
+    skipped = ("root", "store", "autoencoder", "batch_size")
+    settings = {k: v for k, v in dataclasses.asdict(job).items() if k not in skipped}
+    parts = [FORMAT_VERSION, settings, listing.fingerprint, autoencoder.fingerprint()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_store(job: EncodeJob, expected: str) -> bool:
+    """True when a finished store with this fingerprint is there; UserError when it is another one."""
+    stats_file = Path(job.store) / "stats.json"
+    if not stats_file.is_file():
+        return False
+    found = parse_stats(json.loads(stats_file.read_text(encoding="utf-8"))).fingerprint
+    if found != expected:
+        raise UserError(
+            f"{job.store} was encoded from other tiles, autoencoder or hint settings (fingerprint {found[:12]}, "
+            f"expected {expected[:12]}); run `ray-pipeline encode --overwrite` or set data.latents to another folder"
+        )
+    return all((Path(job.store) / split / "index.json").is_file() for split in SPLITS)
+
+
+def encode(
+    job: EncodeJob,
+    listing: Listing,
+    expected: str,
+    *,
+    actors: int,
+    gpus_per_actor: float,
+    progress: Callable[[int], None],
+) -> LatentStats:
+    """Encode what is missing with `actors` autoencoder actors on the Ray that is running; returns the statistics.
+
+    progress is called with the number of tiles just stored.
+    """
+    store = Path(job.store)
+    store.mkdir(parents=True, exist_ok=True)
+    sums: list[tuple[int, np.ndarray, np.ndarray]] = []
+    for split in SPLITS:
+        (store / split).mkdir(exist_ok=True)
+        shards = sorted(_encode_split(job, listing, split, expected, actors, gpus_per_actor, progress), key=_file)
+        if split == "train":
+            sums = [(s["count"], np.array(s["sum"]), np.array(s["square"])) for s in shards]
+        index = {
+            "version": FORMAT_VERSION,
+            "fingerprint": expected,
+            "shape": job.shape,
+            "hints": job.hints,
+            "variants": job.variants,
+            "datasets": listing.datasets[split],
+            "shards": [{key: shard[key] for key in ("file", "rows", "sha256")} for shard in shards],
+        }
+        _write_json(store / split / "index.json", index)
+    stats = _statistics(sums, expected, len(listing.rows["train"]))
+    _write_json(store / "stats.json", stats.as_json())
+    return stats
+
+
+def verify(store: str | Path) -> int:
+    """Check every shard of every split against its hash; returns how many there are, UserError names the bad ones."""
+    bad, count = [], 0
+    for split in SPLITS:
+        opened = LatentStore.open(Path(store) / split)
+        bad += [str(opened.folder / name) for name in opened.verify()]
+        count += len(opened.index["shards"])
+    if bad:
+        raise UserError(
+            f"{len(bad)} latent shards are missing or damaged, first {bad[0]}; run `ray-pipeline encode --overwrite`"
+        )
+    return count
+
+
+class ShardEncoder:
+    """Ray actor: holds the autoencoder, turns rows of {"shard": JSON} into files."""
+
+    def __init__(self, job: EncodeJob, expected: str, use_gpu: bool):
+        torch.set_num_threads(1)
+        self.job, self.expected = job, expected
+        device = "cuda" if use_gpu else "cpu"
+        self.autoencoder = load_autoencoder(job.autoencoder, device=device, precision=job.precision)
+        self.readers = ThreadPoolExecutor(2)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"record": np.array([self._encode(json.loads(str(text))) for text in batch["shard"]], dtype=object)}
+
+    def _encode(self, shard: dict) -> str:
+        path = Path(shard["path"])
+        columns = self._columns([TileRow(**row) for row in shard["rows"]])
+        record = {"file": path.name, "rows": len(shard["rows"]), "sha256": write_shard(path, columns)}
+        latents = np.concatenate([v for k, v in columns.items() if k.startswith("latent@")]).astype(np.float64)
+        record["count"] = latents.size // latents.shape[1]
+        record["sum"] = latents.sum(axis=(0, 2, 3)).tolist()
+        record["square"] = np.square(latents).sum(axis=(0, 2, 3)).tolist()
+        record["fingerprint"] = self.expected
+        _write_json(path.with_suffix(".json"), record)
+        return json.dumps(record)
+
+    def _columns(self, rows: Sequence[TileRow]) -> dict[str, np.ndarray]:
+        names = [f"{name}@{k}" for k in range(self.job.variants) for name in ("latent", *_hint_columns(self.job))]
+        columns = {name: np.empty((len(rows), *self.job.shape), np.float16) for name in names}
+        pending: list[tuple[str, int, np.ndarray]] = []
+        for number, images in enumerate(self.readers.map(self._images, rows)):
+            pending += [(name, number, image) for name, image in zip(names, images, strict=True)]
+            while len(pending) >= self.job.batch_size:
+                self._flush(pending, columns)
+        while pending:
+            self._flush(pending, columns)
+        return columns
+
+    def _flush(self, pending: list[tuple[str, int, np.ndarray]], columns: dict[str, np.ndarray]) -> None:
+        taken = pending[: self.job.batch_size]
+        del pending[: self.job.batch_size]
+        latents = self.autoencoder.encode(torch.from_numpy(np.stack([image for _, _, image in taken])))
+        for (name, number, _), latent in zip(taken, latents.cpu().numpy(), strict=True):
+            if not np.isfinite(latent).all():
+                raise UserError(f"the autoencoder gave a latent that is not finite for row {number}, column {name}")
+            columns[name][number] = latent
+
+    def _images(self, row: TileRow) -> list[np.ndarray]:
+        """Tile and hints of every variant, in the order of the columns."""
+        tile = self._tile(row.path)
+        partners = {name: read_tile(path) for name, path in row.partners.items()}
+        images = []
+        for variant in range(self.job.variants):
+            turned = dihedral(tile, variant)
+            images.append(turned)
+            for name in self.job.hints:
+                partner = dihedral(partners[name], variant) if name in partners else None
+                images.append(make_hint(name, turned, partner, row.id, variant, self.job.hint_settings))
+        return images
+
+    def _tile(self, path: str) -> np.ndarray:
+        tile = read_tile(path)
+        side = self.job.tile_size
+        if tile.shape != (side, side):
+            raise UserError(
+                f"{path} is {tile.shape[0]}x{tile.shape[1]} px, but data.tile_size is {side}; prepare tiles of that "
+                "size or change data.tile_size and model.latent_size"
+            )
+        return tile
+
+
+def _encode_split(
+    job: EncodeJob, listing: Listing, split: str, expected: str, actors: int, gpus: float, progress
+) -> Iterator[dict]:
+    """Records of a split's shards, those already stored first."""
+    todo = []
+    for start in range(0, len(listing.rows[split]), job.shard_rows):
+        path = (Path(job.store) / split / f"shard-{start // job.shard_rows:05d}.arrow").absolute()
+        rows = listing.rows[split][start : start + job.shard_rows]
+        record = _stored_record(path, expected)
+        if record:
+            progress(len(rows))
+            yield record
+        else:
+            todo.append(json.dumps({"path": str(path), "rows": [dataclasses.asdict(row) for row in rows]}))
+    if not todo:
+        return
+    dataset = ray.data.from_items([{"shard": text} for text in todo], override_num_blocks=len(todo))
+    encoded = dataset.map_batches(
+        ShardEncoder,
+        fn_constructor_args=(job, expected, gpus > 0),
+        batch_size=1,
+        num_cpus=1,
+        num_gpus=gpus or None,
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(todo)))),
+    )
+    for row in encoded.iter_rows():
+        record = json.loads(row["record"])
+        progress(record["rows"])
+        yield record
+
+
+def _stored_record(path: Path, expected: str) -> dict | None:
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    same = record.get("fingerprint") == expected and shard_is_whole(path, record["sha256"])
+    return record if same else None
+
+
+def _statistics(sums: list[tuple[int, np.ndarray, np.ndarray]], expected: str, tiles: int) -> LatentStats:
+    count = sum(entry[0] for entry in sums)
+    mean = np.sum([entry[1] for entry in sums], axis=0) / count
+    variance = np.sum([entry[2] for entry in sums], axis=0) / count - mean**2
+    std = np.sqrt(np.maximum(variance, 0))
+    if (std < 1e-6).any():
+        dead = np.flatnonzero(std < 1e-6).tolist()
+        raise UserError(
+            f"latent channels {dead} are constant over all training tiles; check the tiles and vae.pretrained"
+        )
+    return LatentStats(mean=mean, std=std, count=tiles, fingerprint=expected)
+
+
+def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, str]]:
+    """Foundation id -> {hint name: file of the degraded partner}."""
+    table = load_pairs(job.root, dataset)
+    folder = Path(job.root).absolute() / "degraded" / dataset
+    partners: dict[str, dict[str, str]] = {}
+    for task, pair, image in zip(table["task"], table["pair_id"], table["image"], strict=True):
+        if task in PAIRED and task in job.hints:
+            partners.setdefault(str(pair), {}).setdefault(task, str(folder / image))
+    return partners
+
+
+def _split_rows(folder: Path, split: str, job: EncodeJob, pairs: dict[str, dict[str, str]], digest) -> list[TileRow]:
+    csv = folder / "manifests" / f"{split}.csv"
+    if split == "test" and (not csv.is_file() or len(csv.read_text(encoding="utf-8").splitlines()) < 2):
+        return []
+    manifest = load_manifest(csv)
+    check_tiles(manifest, job.tile_size)
+    digest.update(f"{folder.name}/{split}/{manifest.fingerprint()}".encode())
+    rows = []
+    for number in range(len(manifest)):
+        identifier = str(manifest.table["id"].iat[number])
+        partners = pairs.get(identifier, {})
+        missing = [path for path in partners.values() if not Path(path).is_file()]
+        if missing:
+            raise UserError(f"degraded partner {missing[0]} of tile {identifier} is missing; restore it or its row")
+        digest.update(json.dumps(sorted((k, Path(v).name) for k, v in partners.items())).encode())
+        rows.append(TileRow(id=f"{folder.name}/{identifier}", path=str(manifest.path(number)), partners=partners))
+    return rows
+
+
+def _hint_columns(job: EncodeJob) -> list[str]:
+    return [f"hint.{name}" for name in job.hints]
+
+
+def _write_json(path: Path, value: dict) -> None:
+    replace_file(path, (json.dumps(value) + "\n").encode())
+
+
+def _file(record: dict) -> str:
+    return record["file"]

@@ -1,0 +1,67 @@
+"""Intensity ranges of a data set: the percentiles of all its pixels, counted image by image.
+
+8 and 16-bit integers are counted value by value, and their percentiles are exact; wider types are counted in
+HISTOGRAM_BINS bins between the minimum and maximum of all their pixels.
+"""
+
+import numpy as np
+
+HISTOGRAM_BINS = 1 << 20
+PIXELS_AT_ONCE = 1 << 22
+Group = tuple[int, str]  # (channel, dtype)
+
+
+def is_narrow(dtype: str | np.dtype) -> bool:
+    """Whether `dtype` is an integer of at most 16 bit, so that `count_values` can count each value."""
+    return np.dtype(dtype).kind in "iu" and np.dtype(dtype).itemsize <= 2
+
+
+def count_values(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of a narrow dtype, any shape -> int64 counts of every value from the dtype's least on."""
+    limits = np.iinfo(pixels.dtype)
+    counts = np.zeros(limits.max - limits.min + 1, np.int64)
+    flat = pixels.reshape(-1)
+    for start in range(0, flat.size, PIXELS_AT_ONCE):  # bincount needs 8 bytes a pixel
+        part = flat[start : start + PIXELS_AT_ONCE].astype(np.int64) - limits.min
+        counts += np.bincount(part, minlength=counts.size)
+    return counts
+
+
+def count_bins(pixels: np.ndarray, lo: float, hi: float) -> np.ndarray:
+    """Pixels within lo..hi, any shape -> int64 counts (HISTOGRAM_BINS,) in equal bins from lo to hi."""
+    return np.histogram(pixels, HISTOGRAM_BINS, (lo, hi))[0]
+
+
+def add_counts(total: dict[Group, np.ndarray], new: dict[Group, np.ndarray]) -> None:
+    """Adds the counts of one image to those of its groups, in place."""
+    for group, counts in new.items():
+        total[group] = total.get(group, 0) + counts
+
+
+def percentile_of_counts(counts: np.ndarray, first: float, step: float, q: float) -> float:
+    """q-th percentile (0 to 100) of values first + step * index held `counts` times each.
+
+    Linear between order statistics, as numpy.percentile.
+    """
+    cumulative = np.cumsum(counts)
+    rank = (int(cumulative[-1]) - 1) * q / 100.0
+    below, above = np.searchsorted(cumulative, [int(rank), np.ceil(rank)], side="right")
+    return float(first + step * (below + (above - below) * (rank - int(rank))))
+
+
+def intensity_ranges(
+    counts: dict[Group, np.ndarray],
+    limits: dict[Group, tuple[float, float]],
+    percentiles: tuple[float, float],
+) -> dict[Group, tuple[float, float]]:
+    """Counts and (minimum, maximum) of each group -> its two percentiles (0 to 100) as (lo, hi), lo < hi.
+
+    `counts` from `count_values` for narrow dtypes, else from `count_bins` between the group's limits. Both
+    percentiles equal: minimum and maximum.
+    """
+    ranges = {}
+    for (c, dtype), (lo, hi) in sorted(limits.items()):
+        first, step = (np.iinfo(dtype).min, 1.0) if is_narrow(dtype) else (lo, (hi - lo) / HISTOGRAM_BINS)
+        low, high = (min(max(percentile_of_counts(counts[c, dtype], first, step, q), lo), hi) for q in percentiles)
+        ranges[c, dtype] = (low, high) if low < high else (lo, hi)
+    return ranges

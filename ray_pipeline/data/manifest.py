@@ -1,0 +1,246 @@
+"""The table of tiles: schema, reading, checking, writing.
+
+<root>/foundation/<dataset>/manifests/{manifest,train,val,test}.csv; `image` is relative to the data set's
+folder.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+from ray_pipeline.errors import UserError
+
+COLUMNS = (
+    "id", "image", "dataset", "task", "channel_idx", "norm_lo", "norm_hi", "x0", "y0", "modality", "specimen",
+    "NA", "lambda", "um_pixel", "marker", "pair_id", "degradation", "scale", "averages", "height", "width",
+    "dtype", "sha256",
+)  # fmt: skip
+NUMBER_COLUMNS = (
+    "channel_idx", "norm_lo", "norm_hi", "x0", "y0", "NA", "lambda", "um_pixel", "scale", "averages",
+    "height", "width",
+)  # fmt: skip
+SPLITS = ("train", "val", "test")
+PREPARE_HINT = "run `ray-pipeline prepare` (or `ray-pipeline simulate` for a sample)"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Tiles of one data set: `folder` is <root>/foundation/<dataset>, `split` None means every split."""
+
+    folder: Path
+    dataset: str
+    split: str | None
+    table: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def path(self, row: int) -> Path:
+        """Absolute path of the tile in `row` (from 0)."""
+        return self.folder / self.table["image"].iat[row]
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of columns and rows in their order; the same wherever the folder stands.
+
+        Pixels take part through the `sha256` column, where the manifest has one.
+        """
+        return hashlib.sha256(self.table.to_csv(index=False, lineterminator="\n").encode()).hexdigest()
+
+
+def load_manifest(path_or_root: str | Path, split: str | None = None) -> Manifest:
+    """A manifest CSV, a dataset folder, or a data root with one foundation data set -> Manifest.
+
+    Columns `id` and `image` are required, the others optional; unknown ones are kept as text. A CSV given
+    together with `split` means that split's CSV beside it. Pixels are not opened. UserError: missing or
+    empty manifest, several data sets, duplicate ids, image paths that leave the dataset folder.
+    """
+    if split is not None and split not in SPLITS:
+        raise UserError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}; choose one of them.")
+    csv = _manifest_file(Path(path_or_root), split)
+    folder = (csv.parent.parent if csv.parent.name == "manifests" else csv.parent).resolve()
+    table = _read_table(csv)
+    if table.empty:
+        raise UserError(f"{csv}: found no tiles, expected at least one row; {PREPARE_HINT} again.")
+    _check_paths(csv, folder, table)
+    return Manifest(folder, folder.name, csv.stem if csv.stem in SPLITS else None, table)
+
+
+def check_tiles(manifest: Manifest, tile_size: int | None = None) -> None:
+    """Looks (stat only) whether every tile's file is there and not empty; UserError names the first 5.
+
+    With `tile_size`, the manifest's `height` and `width`, where given, must equal it (pixels).
+    """
+    lost = [str(p) for p in map(manifest.path, range(len(manifest))) if not _has_bytes(p)]
+    if lost:
+        raise UserError(
+            f"{manifest.folder}: {len(lost)} of {len(manifest)} tiles are missing or empty ({_first(lost)}); "
+            "copy them again or run `ray-pipeline prepare` again."
+        )
+    for column in ("height", "width"):
+        if tile_size is not None and column in manifest.table:
+            sizes = manifest.table[column]
+            wrong = manifest.table["id"][sizes.notna() & (sizes != tile_size)].tolist()
+            if wrong:
+                raise UserError(
+                    f"{manifest.folder}: {len(wrong)} of {len(manifest)} tiles have another {column} than "
+                    f"{tile_size} pixels ({_first(wrong)}); prepare them again with --tile-size {tile_size}."
+                )
+
+
+def dataset_folders(root: str | Path, kind: str = "foundation") -> list[Path]:
+    """Folders <root>/<kind>/<dataset> that hold manifests, by name; `kind` is foundation or degraded."""
+    found = (p.parent for p in Path(root, kind).glob("*/manifests") if p.is_dir())
+    return sorted(folder for folder in found if not folder.name.startswith("."))
+
+
+def write_manifests(folder: str | Path, rows: list[dict], split_of: dict[str, str]) -> None:
+    """Writes <folder>/manifests/{train,val,test,manifest}.csv, each atomically, manifest.csv last.
+
+    `rows` have keys of COLUMNS (missing ones stay empty, others follow behind), `split_of` maps each id to
+    train, val or test. Rows keep their order; the same rows give the same bytes. ValueError: duplicate
+    ids, an id without a split.
+    """
+    identifiers = [row["id"] for row in rows]
+    if len(set(identifiers)) != len(identifiers):
+        raise ValueError(f"{folder}: rows hold an id twice.")
+    wrong = [i for i in identifiers if split_of.get(i) not in SPLITS]
+    if wrong:
+        raise ValueError(f"{folder}: ids without a split of {SPLITS}: {_first(wrong)}.")
+    extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
+    # object columns: pandas would turn whole numbers beside an empty cell into floats
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *extra], dtype=object)
+    splits = table["id"].map(split_of)
+    manifests = Path(folder) / "manifests"
+    manifests.mkdir(parents=True, exist_ok=True)
+    # an interrupted rewrite must not leave the old table beside new splits
+    (manifests / "manifest.csv").unlink(missing_ok=True)
+    for split in SPLITS:
+        _write_csv(manifests / f"{split}.csv", table[splits == split])
+    _write_csv(manifests / "manifest.csv", table)
+
+
+def load_pairs(root: str | Path, dataset: str) -> pd.DataFrame:
+    """Rows of <root>/degraded/<dataset>/manifests/manifest.csv, an empty frame when the file is absent.
+
+    `pair_id` names the foundation tile; `image` is relative to <root>/degraded/<dataset>. UserError: as
+    load_manifest, or a row without `pair_id`.
+    """
+    folder = Path(root, "degraded", dataset)
+    csv = folder / "manifests" / "manifest.csv"
+    if not csv.is_file():
+        return pd.DataFrame(columns=list(COLUMNS))
+    table = _read_table(csv)
+    if "pair_id" not in table or (table["pair_id"] == "").any():
+        raise UserError(
+            f"{csv}: found rows without pair_id, expected the id of the foundation tile in each; prepare the "
+            "pairs again."
+        )
+    _check_paths(csv, folder.resolve(), table)
+    return table
+
+
+def _manifest_file(path: Path, split: str | None) -> Path:
+    name = f"{split or 'manifest'}.csv"
+    if path.suffix.lower() == ".csv":
+        csv = path if split is None or path.stem == split else path.with_name(name)
+    elif (path / "manifests").is_dir():
+        csv = path / "manifests" / name
+    elif not path.is_dir():
+        raise UserError(f"{path}: no such folder or manifest; {PREPARE_HINT} or correct the path.")
+    else:
+        folders = dataset_folders(path)
+        if not folders:
+            raise UserError(
+                f"{path}: found no foundation/<dataset>/manifests, expected a data root; {PREPARE_HINT} or "
+                "correct the path."
+            )
+        if len(folders) > 1:
+            raise UserError(
+                f"{path}: found {len(folders)} data sets ({_first([f.name for f in folders])}), expected "
+                f"one; name one, for example {folders[0]}."
+            )
+        csv = folders[0] / "manifests" / name
+    if not csv.is_file():
+        raise UserError(f"{csv}: no such manifest; {PREPARE_HINT} or correct the path.")
+    return csv
+
+
+def _read_table(csv: Path) -> pd.DataFrame:
+    try:
+        # text first: an id such as "007" or "NA" must survive
+        table = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
+        detail = " ".join(str(error).split())
+        raise UserError(f"{csv}: expected a CSV manifest, found: {detail}; {PREPARE_HINT} again.") from error
+    missing = [name for name in ("id", "image") if name not in table]
+    if missing:
+        raise UserError(
+            f"{csv}: found columns {', '.join(map(str, table.columns[:8]))}, expected also "
+            f"{', '.join(missing)}; add them."
+        )
+    for name in ("id", "image"):
+        if (table[name].str.strip() == "").any():
+            line = int((table[name].str.strip() == "").to_numpy().argmax()) + 2
+            raise UserError(f"{csv}: found no {name} in line {line}, expected one in each row; fill it in.")
+    twice = table["id"][table["id"].duplicated()].unique().tolist()
+    if twice:
+        raise UserError(
+            f"{csv}: found {len(twice)} ids more than once ({_first(twice)}), expected unique ids; remove "
+            "the duplicates."
+        )
+    for name in table.columns.intersection(NUMBER_COLUMNS):
+        try:
+            table[name] = pd.to_numeric(table[name])
+        except ValueError as error:
+            raise UserError(f"{csv}: column {name} expects numbers, found: {error}; correct it.") from error
+    return table
+
+
+def _check_paths(csv: Path, folder: Path, table: pd.DataFrame) -> None:
+    parents: dict[str, set[str]] = {}
+    for image in table["image"]:
+        parts = image.split("/")
+        if image.startswith("/") or ".." in parts or "\\" in image or ":" in parts[0]:
+            raise UserError(
+                f"{csv}: found image path {image}, expected a path below {folder} without '..'; make it relative."
+            )
+        parents.setdefault(PurePosixPath(image).parent.as_posix(), set()).add(parts[-1])
+    for parent, names in parents.items():
+        # one listing a folder: resolving a million tiles one by one takes minutes on network storage
+        directory = folder / parent
+        suspects = [directory]
+        if directory.is_dir():
+            with os.scandir(directory) as entries:
+                suspects += [Path(e.path) for e in entries if e.is_symlink() and e.name in names]
+        for suspect in suspects:
+            if not suspect.resolve().is_relative_to(folder):
+                raise UserError(
+                    f"{csv}: found {suspect}, a link to {suspect.resolve()} outside {folder}, expected tiles "
+                    "inside the dataset folder; copy them there."
+                )
+
+
+def _has_bytes(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _first(names: list[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            table.to_csv(file, index=False, lineterminator="\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

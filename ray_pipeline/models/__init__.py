@@ -1,0 +1,1 @@
+"""Networks: the diffusion transformer, its hint control, and the autoencoder."""

@@ -1,0 +1,1 @@
+"""Records of a run and pictures made from them."""

@@ -1,0 +1,122 @@
+"""Where a run stands: `phase_state.json`, replaced as a whole so that a reader never sees half of it."""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from ray_pipeline.errors import UserError
+
+HISTORY_LIMIT = 1000
+
+
+def utc_now() -> str:
+    """Time of day as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def replace_file(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a kill, finds the old file or the new one, never a part.
+
+    Creates the folder. Raises OSError, and then the old file is still there and no temporary file is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class _Record(BaseModel):
+    # A diverged loss must survive the round trip, and bare NaN is no JSON: non-finite floats become strings.
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, ser_json_inf_nan="strings")
+
+
+class BestCheckpoint(_Record):
+    """The checkpoint with the lowest validation loss so far."""
+
+    checkpoint: str
+    val_loss: float
+    epoch: int
+
+
+class PhaseProgress(_Record):
+    """One phase: `step` of `steps` optimizer steps, `position` in samples, `epoch` of `epochs` (from 1)."""
+
+    status: Literal["pending", "running", "finished"] = "pending"
+    step: int = 0
+    position: int = 0
+    epoch: int = 0
+    steps: int | None = None
+    epochs: int | None = None
+    attempt: int = 0
+    best: BestCheckpoint | None = None
+    last: str | None = None
+    checkpoints: list[str] = Field(default_factory=list)
+    baseline_val_loss: float | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class HistoryEntry(_Record):
+    """One line of the run's history; `time` is ISO 8601 in UTC."""
+
+    time: str
+    event: str
+    message: str
+
+
+class PhaseState(_Record):
+    """Contents of `phase_state.json`; `phases` is in the order in which the phases run."""
+
+    current_phase: str | None = None
+    phases: dict[str, PhaseProgress] = Field(default_factory=dict)
+    history: list[HistoryEntry] = Field(default_factory=list)
+    run: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def phase(self, name: str) -> PhaseProgress:
+        """The record of phase `name`, made as pending when there is none; change it in place, then save."""
+        return self.phases.setdefault(name, PhaseProgress())
+
+    def record(self, event: str, message: str) -> None:
+        """Append to the history, which keeps the newest HISTORY_LIMIT entries."""
+        self.history.append(HistoryEntry(time=utc_now(), event=event, message=message))
+        del self.history[:-HISTORY_LIMIT]
+
+    def save(self, path: str | Path) -> None:
+        """Replace the file at `path`; raises OSError with the old file left in place."""
+        replace_file(path, self.model_dump_json(indent=2, ensure_ascii=True).encode() + b"\n")
+
+
+def load(path: str | Path) -> PhaseState:
+    """The state saved at `path`, or a fresh one when there is no such file.
+
+    Raises UserError when the file cannot be read or does not hold a phase state.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return PhaseState()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); expected the run's JSON state file; "
+            "make it a file that this user can read, or choose another output_dir."
+        ) from error
+    try:
+        return PhaseState.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        found = f"key {key}: {first['msg']}" if key else first["msg"]
+        raise UserError(
+            f"{path} is damaged: found {found} in {len(data)} bytes, expected the JSON that training wrote; "
+            "restore the file, or move it away to begin a fresh one (checkpoints are not touched)."
+        ) from error

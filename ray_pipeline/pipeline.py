@@ -1,0 +1,238 @@
+"""The main job: data, latents, then each phase; what runs next, and from which weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from ray_pipeline import estimate
+from ray_pipeline.checkpoints import CheckpointStore, open_checkpoint
+from ray_pipeline.config import Config, load_config
+from ray_pipeline.data import encode as encoding
+from ray_pipeline.data.hints import HintSettings
+from ray_pipeline.data.manifest import dataset_folders
+from ray_pipeline.data.sources.simulate import simulate
+from ray_pipeline.errors import UserError
+from ray_pipeline.models.autoencoder import load_autoencoder
+from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.progress import Progress
+from ray_pipeline.training.launch import ray_session, run_phase, uses_gpu
+from ray_pipeline.training.setup import PhaseJob, checkpoint_folder
+
+#: sections that may differ between a run and its resume: where it runs and what it shows, not what it computes
+_FREE_TO_CHANGE = ("ray", "monitoring", "checkpoint", "output_dir")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tiles and the encode job that fits the config."""
+
+    job: encoding.EncodeJob
+    listing: encoding.Listing
+    fingerprint: str
+    stored: bool
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        return {split: len(rows) for split, rows in self.listing.rows.items()}
+
+
+def prepare_data(config: Config) -> None:
+    """Write the embedded sample data set when the config asks for it and data.root holds no data set."""
+    settings = config.data.simulate
+    if settings is None or dataset_folders(config.data.root):
+        return
+    progress = Progress(settings.fields, "simulate", unit="field")
+    summary = simulate(
+        Path(config.data.root),
+        fields=settings.fields,
+        seed=settings.seed,
+        field_size=settings.field_size,
+        tile_size=config.data.tile_size,
+        val_fraction=settings.val_fraction,
+        scale=config.data.super_resolution_scale,
+        workers=os.cpu_count() or 1,
+        progress=lambda done, _: progress.update(done),
+    )
+    progress.close(f"{summary.tiles['train']} training and {summary.tiles['val']} validation tiles")
+
+
+def encode_job(config: Config) -> encoding.EncodeJob:
+    """The encode job that a config asks for."""
+    pretrained = config.vae.pretrained
+    folder = Path(pretrained).expanduser()
+    return encoding.EncodeJob(
+        root=str(Path(config.data.root).absolute()),
+        store=str(Path(config.data.latents or Path(config.data.root, "latents")).absolute()),
+        tile_size=config.data.tile_size,
+        hints=config.hint_names,
+        hint_settings=HintSettings(super_resolution_scale=config.data.super_resolution_scale),
+        variants=config.data.augment_variants,
+        shard_rows=config.data.shard_rows,
+        autoencoder=str(folder.absolute()) if folder.is_dir() else pretrained,  # workers change directory
+        precision=config.vae.precision,
+        latent_channels=config.model.latent_channels,
+        batch_size=config.vae.batch_size,
+    )
+
+
+def look(config: Config, *, overwrite: bool = False) -> Prepared:
+    """Check tiles and autoencoder and compare with the store; writes nothing.
+
+    UserError: missing manifests or images, wrong autoencoder, a store of other tiles or settings (unless `overwrite`).
+    """
+    job = encode_job(config)
+    autoencoder = load_autoencoder(
+        job.autoencoder, precision=job.precision, latent_channels=config.model.latent_channels
+    )
+    listing = encoding.list_tiles(job)
+    fingerprint = encoding.fingerprint(job, listing, autoencoder)
+    stored = False if overwrite else encoding.check_store(job, fingerprint)
+    return Prepared(job=job, listing=listing, fingerprint=fingerprint, stored=stored)
+
+
+def encode(config: Config, prepared: Prepared) -> None:
+    """Encode on the Ray that is running, unless the store is there."""
+    if prepared.stored:
+        return
+    tiles = sum(prepared.tiles.values())
+    estimate.check_disk(prepared.job.store, estimate.latents_bytes(prepared.job, tiles), "data.latents")
+    gpu = uses_gpu(config)
+    actors = config.vae.actors or (config.ray.num_workers if gpu else max(1, os.cpu_count() or 1))
+    progress = Progress(tiles, "encode", unit="tile")
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.update(done)
+
+    stats = encoding.encode(
+        prepared.job,
+        prepared.listing,
+        prepared.fingerprint,
+        actors=actors,
+        gpus_per_actor=1.0 if gpu else 0.0,
+        progress=advance,
+    )
+    progress.close("latent std " + " ".join(f"{value:.3f}" for value in stats.std))
+
+
+def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Path:
+    """Do all that is missing, then every phase; returns the run directory.
+
+    UserError: a run is there already and `resume` is False, or it was started with another config.
+    """
+    config = _absolute(config)
+    run_dir = Path(config.output_dir)
+    state_file = run_dir / "phase_state.json"
+    _check_run_dir(config, run_dir, resume)
+    prepare_data(config)
+    prepared = look(config)
+    estimates = [estimate.estimate_phase(config, phase, prepared.tiles["train"]) for phase in config.phases]
+    estimate.check_disk(run_dir, estimate.output_bytes(estimates), "output_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    phase_state.replace_file(run_dir / "config.yaml", config.to_yaml().encode())
+    with ray_session(config, verbose=verbose):
+        encode(config, prepared)
+        for index, phase in enumerate(config.phases):
+            state = phase_state.load(state_file)
+            progress = state.phase(phase.name)
+            if progress.status == "finished":
+                continue
+            progress.attempt += 1
+            state.save(state_file)
+            job = PhaseJob(
+                config=config.dump(),
+                phase=index,
+                attempt=progress.attempt,
+                run_dir=str(run_dir),
+                latents=prepared.job.store,
+                init=initial_weights(config, index),
+            )
+            run_phase(config, job)
+    return run_dir
+
+
+def initial_weights(config: Config, index: int) -> str | None:
+    """Checkpoint folder that phase `index` begins from: phases[].init, else the best of the phase before."""
+    phase = config.phases[index]
+    if phase.init:
+        open_checkpoint(phase.init)
+        return phase.init
+    if index == 0:
+        return None
+    before = config.phases[index - 1].name
+    state = phase_state.load(Path(config.output_dir) / "phase_state.json")
+    best = state.phase(before).best
+    if best is None:
+        raise UserError(
+            f"phase {phase.name} begins from the best checkpoint of {before}, but {config.output_dir} has none; "
+            f"train {before} first, or set phases.{index}.init to a checkpoint folder"
+        )
+    return CheckpointStore(checkpoint_folder(config.output_dir)).path(best.checkpoint)
+
+
+def dry_run(config: Config) -> str:
+    """Steps, epochs, disk, memory and time of `train`, as text; writes nothing."""
+    config = _absolute(config)
+    estimate.check_writable(config.output_dir, "output_dir")
+    settings = config.data.simulate
+    if settings is not None and not dataset_folders(config.data.root):
+        per_field = (settings.field_size // config.data.tile_size) ** 2
+        val = max(1, round(settings.fields * settings.val_fraction))
+        tiles = {"train": (settings.fields - val) * per_field, "val": val * per_field, "test": 0}
+        return estimate.report(config, encode_job(config), tiles, stored=False)
+    prepared = look(config)
+    return estimate.report(config, prepared.job, prepared.tiles, prepared.stored)
+
+
+def _absolute(config: Config) -> Config:
+    """Paths made absolute: Ray's workers run in directories of their own."""
+    data = config.data.model_copy(update={"root": str(Path(config.data.root).absolute())})
+    phases = tuple(
+        phase.model_copy(update={"init": str(Path(phase.init).absolute())})
+        if phase.init and "://" not in phase.init
+        else phase
+        for phase in config.phases
+    )
+    folder = Path(config.vae.pretrained).expanduser()
+    vae = config.vae.model_copy(update={"pretrained": str(folder.absolute())}) if folder.is_dir() else config.vae
+    return config.model_copy(
+        update={"data": data, "vae": vae, "phases": phases, "output_dir": str(Path(config.output_dir).absolute())}
+    )
+
+
+def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
+    estimate.check_writable(run_dir, "output_dir")
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        if resume and not run_dir.is_dir():
+            raise UserError(f"output_dir={run_dir} does not exist, so there is nothing to resume; leave out --resume")
+        return
+    if not resume:
+        raise UserError(f"output_dir={run_dir} holds a run already; go on with --resume or set another output_dir")
+    before = load_config(saved).dump()
+    now = yaml.safe_load(config.to_yaml())
+    changed = sorted(_differences(before, now))
+    refused = [key for key in changed if key.split(".")[0] not in _FREE_TO_CHANGE]
+    if refused:
+        raise UserError(
+            f"output_dir={run_dir} was started with other settings ({', '.join(refused)} differ from its config.yaml); "
+            "resume with the same ones, or set another output_dir"
+        )
+
+
+def _differences(before: object, now: object, path: str = "") -> list[str]:
+    """Paths of the values that differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = before.keys() | now.keys()
+        inner = [_differences(before.get(k), now.get(k), f"{path}.{k}" if path else k) for k in keys]
+        return [key for keys in inner for key in keys]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        inner = [_differences(a, b, f"{path}.{i}") for i, (a, b) in enumerate(zip(before, now, strict=True))]
+        return [key for keys in inner for key in keys]
+    return [] if before == now else [path]

@@ -1,0 +1,1 @@
+"""The phase loop and what launches it on Ray."""

@@ -1,0 +1,188 @@
+"""Start Ray and run one phase as a TorchTrainer; what the workers say arrives as a progress line or a clear error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+import ray.train
+import ray.train.torch
+
+from ray_pipeline.config import Config
+from ray_pipeline.errors import UserError
+from ray_pipeline.monitoring.events import metrics_path
+from ray_pipeline.monitoring.progress import Progress
+from ray_pipeline.training.phase import job_values, train_phase
+from ray_pipeline.training.setup import PhaseJob
+
+#: logical CPUs for data tasks and actors, beside those that Train's workers take
+_DATA_CPUS = 2
+
+
+@contextmanager
+def ray_session(config: Config, *, verbose: bool = False) -> Iterator[None]:
+    """Ray for the length of the block: the one that runs already, a cluster, or a local one that ends with it."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+    settings = config.ray
+    address = settings.address
+    if address == "auto":
+        address = "auto" if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID") else "local"
+    options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    try:
+        if address == "local":
+            # more logical CPUs than cores: workers that fill the machine would leave none for the data stream
+            workers = int(settings.num_workers * settings.cpus_per_worker + 0.999)
+            cpus = max(os.cpu_count() or 1, workers) + _DATA_CPUS
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=settings.dashboard,
+                dashboard_host="127.0.0.1",
+                **options,
+            )
+        else:
+            ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"ray.address={settings.address}: Ray does not start or answer ({' '.join(str(error).split())[:300]}); "
+            "check the address, or use ray.address=local"
+        ) from error
+    if not verbose:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def uses_gpu(config: Config) -> bool:
+    """Whether workers get a GPU each: as set, or `auto`, when the running Ray has any."""
+    if config.ray.use_gpu == "auto":
+        return ray.cluster_resources().get("GPU", 0) >= 1
+    return bool(config.ray.use_gpu)
+
+
+def check_resources(config: Config) -> None:
+    """UserError when the running Ray can never hold all workers at once."""
+    settings, have = config.ray, ray.cluster_resources()
+    need = {"CPU": settings.cpus_per_worker * settings.num_workers}
+    if uses_gpu(config):
+        need["GPU"] = settings.num_workers
+    for name, amount in settings.resources_per_worker.items():
+        need[name] = amount * settings.num_workers
+    for name, amount in need.items():
+        if have.get(name, 0) < amount:
+            raise UserError(
+                f"ray.num_workers={settings.num_workers} needs {amount:g} {name}, but this Ray has "
+                f"{have.get(name, 0):g}; lower ray.num_workers or ray.resources_per_worker, or add nodes"
+            )
+
+
+def run_phase(config: Config, job: PhaseJob) -> None:
+    """Run one phase to its end on the Ray that is running.
+
+    Raises UserError with a worker's own words for wrong input, RuntimeError with its traceback for anything else.
+    """
+    check_resources(config)
+    phase = config.phases[job.phase]
+    settings = config.ray
+    trainer = ray.train.torch.TorchTrainer(
+        train_phase,
+        train_loop_config=job_values(job),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.num_workers,
+            use_gpu=uses_gpu(config),
+            resources_per_worker={"CPU": settings.cpus_per_worker, **settings.resources_per_worker}
+            | ({"GPU": 1} if uses_gpu(config) else {}),
+            placement_strategy=settings.placement_strategy,
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{phase.name}_attempt{job.attempt}",
+            storage_path=str(Path(job.run_dir, "logs", "ray")),
+            failure_config=ray.train.FailureConfig(
+                max_failures=settings.max_failures, controller_failure_limit=settings.max_failures
+            ),
+        ),
+    )
+    with _followed(Path(job.run_dir), phase.name, config.train.global_batch):
+        try:
+            trainer.fit()
+        except Exception as error:  # Ray wraps what a worker raised in classes of its own
+            raise _plain_error(error) from error
+
+
+def _plain_error(error: BaseException) -> Exception:
+    """The first UserError among the causes, or a RuntimeError with what Ray says."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        found = pending.pop(0)
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, UserError):
+            return UserError(str(found))
+        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]
+        pending += list(getattr(found, "worker_failures", {}).values())
+    return RuntimeError(f"training stopped: {error}")
+
+
+@contextmanager
+def _followed(run_dir: Path, phase: str, global_batch: int) -> Iterator[None]:
+    """Show the phase's progress line while the workers write their records."""
+    stopped = threading.Event()
+    path = metrics_path(run_dir)
+    offset = path.stat().st_size if path.exists() else 0
+    thread = threading.Thread(target=_follow, args=(path, offset, phase, global_batch, stopped), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join(timeout=5)
+
+
+def _follow(path: Path, offset: int, phase: str, global_batch: int, stopped: threading.Event) -> None:
+    progress: Progress | None = None
+    state_file = path.parent.parent / "phase_state.json"
+    ended = False
+    while not ended:
+        ended = stopped.wait(0.5)
+        # a resume cuts the file, so it may have become shorter than what was read
+        if not path.exists():
+            continue
+        offset = min(offset, path.stat().st_size)
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        offset += len(whole)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            if record.get("phase") != phase:
+                continue
+            if progress is None and record["event"] == "phase":
+                steps = json.loads(state_file.read_bytes())["phases"][phase]["steps"] if state_file.exists() else None
+                progress = Progress(steps, phase, start=record["step"], samples_per_unit=global_batch)
+            elif progress is not None:
+                _show(progress, record)
+    if progress is not None:
+        progress.close()
+
+
+def _show(progress: Progress, record: dict) -> None:
+    if record["event"] == "step":
+        progress.update(record["step"], epoch=record["epoch"], loss=record["loss"])
+    elif record["event"] == "validation":
+        progress.update(record["step"], val=record["loss"])

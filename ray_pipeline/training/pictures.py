@@ -1,0 +1,101 @@
+"""Pictures of a run: sample grids and the progress chart. Rank 0 only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+
+from ray_pipeline.diffusion.noise import draw
+from ray_pipeline.diffusion.samplers import sample_euler
+from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
+from ray_pipeline.monitoring.events import EventLog, SampleEvent, read_events
+from ray_pipeline.monitoring.plots import plot_progress, sample_grid
+from ray_pipeline.training.setup import PhaseRun, run_folder
+from ray_pipeline.training.step import stack_hints
+
+_DECODE_BATCH = 4
+_PAIR_ROWS = 6  # a grid with hints, sample and target side by side shows this many tiles at most
+
+
+def draw_samples(run: PhaseRun, records: EventLog, epoch: int) -> Path:
+    """Sample with EMA weights from noise that is the same at every epoch, and write samples_epoch_<epoch>.png.
+
+    Unconditional: a square grid. With hints: hints, sample and target of validation tiles side by side, and the
+    sample's PSNR (dB) against the target as the autoencoder gives it back.
+    """
+    monitoring = run.config.monitoring
+    count = min(monitoring.num_samples, _PAIR_ROWS, len(run.val_rows)) if run.hints else monitoring.num_samples
+    autoencoder = load_autoencoder(run.config.vae.pretrained, device=run.device, precision=run.config.vae.precision)
+    noise = draw(run.config.seed, "samples", range(count), run.train_store.shape).noise
+    values = run.val_store.gather(_sample_rows(run, count), hints=run.hints) if run.hints else {}
+    samples = _decode(run, autoencoder, _sample(run, torch.from_numpy(noise), values))
+    columns, captions = [("sample", samples)], {}
+    if run.hints:
+        columns = [(name, _decode(run, autoencoder, values[f"hint.{name}"])) for name in run.hints]
+        target = _decode(run, autoencoder, values["latent"])
+        columns += [("sample", samples), ("target", target)]
+        captions = {(row, len(columns) - 2): f"{_psnr(samples[row], target[row]):.1f} dB" for row in range(count)}
+    path = run_folder(run.job, "samples", run.phase.name) / f"samples_epoch_{epoch:03d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{run.phase.name}, epoch {epoch}, step {run.state.step}"
+    picture = sample_grid(columns, path, captions=captions, title=title)
+    records.image("samples", picture, run.state.step)
+    records.emit(SampleEvent(run.phase.name, run.state.step, epoch, str(path.relative_to(run.job.run_dir))))
+    return path
+
+
+def draw_progress(run: PhaseRun, baseline: float | None, epoch: int | None = None) -> None:
+    """Write latest_progress.png from the records so far; at the end of an epoch that is kept, a copy by step too."""
+    monitoring = run.config.monitoring
+    if not (monitoring.plot_loss or monitoring.plot_lr):
+        return
+    records = read_events(run.job.run_dir, phase=run.phase.name)
+    folder = run_folder(run.job, "plots", run.phase.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["latest_progress.png"] + ([f"training_progress_step_{run.state.step:08d}.png"] if epoch else [])
+    for name in names:
+        plot_progress(
+            records,
+            folder / name,
+            title=run.phase.name,
+            baseline=baseline,
+            plot_loss=monitoring.plot_loss,
+            plot_lr=monitoring.plot_lr,
+        )
+
+
+def _sample_rows(run: PhaseRun, count: int) -> np.ndarray:
+    return run.val_rows[np.linspace(0, len(run.val_rows) - 1, count).round().astype(np.int64)]
+
+
+@torch.no_grad()
+def _sample(run: PhaseRun, noise: torch.Tensor, values: dict[str, np.ndarray]) -> np.ndarray:
+    """Latents as the autoencoder knows them, (N, C, H, W) float32."""
+    sigma_data, stats = run.config.scheduler.sigma_data, run.train_store.stats
+    network = run.state.network.eval()
+    parts = []
+    with run.ema_weights(), run.autocast():
+        for start in range(0, len(noise), run.config.train.batch_size):
+            part = slice(start, start + run.config.train.batch_size)
+            conditions = {}
+            if run.hints:
+                chosen = {key: array[part] for key, array in values.items()}
+                hints = stack_hints(chosen, run.hints, stats, sigma_data).to(run.device)
+                conditions["hints"] = network.encode_hints(hints)
+            steps = run.config.monitoring.sample_steps
+            parts.append(sample_euler(run.edm, network, noise[part].to(run.device), steps, **conditions).float().cpu())
+    network.train()
+    return stats.denormalise(torch.cat(parts).numpy(), sigma_data)
+
+
+def _decode(run: PhaseRun, autoencoder: Autoencoder, latents: np.ndarray) -> np.ndarray:
+    """(N, C, h, w) -> (N, H, W) float32 in [-1, 1]."""
+    tensor = torch.from_numpy(latents.astype(np.float32)).to(run.device)
+    return torch.cat([autoencoder.decode(part).cpu() for part in tensor.split(_DECODE_BATCH)]).numpy()
+
+
+def _psnr(image: np.ndarray, target: np.ndarray) -> float:
+    return float(peak_signal_noise_ratio(target, image, data_range=2.0))

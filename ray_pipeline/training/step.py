@@ -1,0 +1,165 @@
+"""One optimizer step: micro-batches, loss, gradients, update. No Ray in here."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ray_pipeline.config import OptimizerConfig
+from ray_pipeline.data.latents import LatentStats
+from ray_pipeline.diffusion.noise import draw, kept_hints
+from ray_pipeline.training.setup import PhaseRun
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one forward pass, on the host: x0, noise (B, C, H, W), z (B,), hints (B, K, C, H, W), mask (B, K);
+    the last two None in an unconditional phase."""
+
+    x0: Tensor
+    noise: Tensor
+    z: Tensor
+    hints: Tensor | None
+    mask: Tensor | None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = {k: None if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
+        return MicroBatch(**moved)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sum of this rank's sample losses (on its device), how many they are, and the norm of the joint gradient."""
+
+    loss_sum: Tensor
+    count: int
+    grad_norm: float
+
+
+def micro_batches(run: PhaseRun, batch: dict[str, np.ndarray]) -> list[MicroBatch]:
+    """Cut a rank's slice of a global batch into micro-steps and add the randomness that belongs to its samples."""
+    size = run.config.train.batch_size
+    return [
+        _micro_batch(run, {key: values[start : start + size] for key, values in batch.items()})
+        for start in range(0, len(batch["index"]), size)
+    ]
+
+
+def stack_hints(values: dict[str, np.ndarray], names: tuple[str, ...], stats: LatentStats, sigma_data: float) -> Tensor:
+    """Stored hint latents -> (B, K, C, H, W) float32, normalised like the tiles."""
+    stacked = np.stack([values[f"hint.{name}"] for name in names], axis=1)
+    return torch.from_numpy(stats.normalise(stacked, sigma_data))
+
+
+def optimize(run: PhaseRun, step: int, batches: list[MicroBatch]) -> StepResult:
+    """One optimizer step on all ranks together; the gradient is that of the mean loss over the global batch.
+
+    Raises FloatingPointError on every rank when the joint gradient is not finite, before the weights change.
+    """
+    state, plan = run.state, run.plan
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(run.config.optimizer, step, run.total_steps, run.phase.lr)
+    total = torch.zeros((), device=run.device)
+    for number, batch in enumerate(batches):
+        _seed_dropout(run, step, number)
+        moved = batch.to(run.device)
+        with _sync(run.model, last=number == len(batches) - 1):
+            with run.autocast():
+                losses = _losses(run, moved)
+            # DDP averages over ranks; slices may differ by one sample, so each rank gives its sum
+            (losses.sum() * (run.world_size / plan.global_batch)).backward()
+        total += losses.detach().sum()
+    limit = run.config.optimizer.grad_clip or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(state.network.parameters(), limit))
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"phase {run.phase.name}, step {step + 1}: the gradient is {norm}; lower optimizer.lr or use "
+            "train.precision=fp32 and resume from the last checkpoint"
+        )
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step = step + 1
+    if state.ema is not None:
+        state.ema.update(state.step)
+    return StepResult(loss_sum=total, count=sum(len(batch.x0) for batch in batches), grad_norm=norm)
+
+
+def learning_rate(settings: OptimizerConfig, step: int, total_steps: int, phase_lr: float | None = None) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant or half a cosine to 1 %."""
+    base = phase_lr or settings.lr
+    warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    if settings.schedule == "constant":
+        return base * warm
+    left = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total_steps))))
+    return base * warm * (0.01 + 0.99 * left)
+
+
+def warm_up(run: PhaseRun) -> None:
+    """Two throwaway passes: DDP rebuilds its buckets after its first backward, which changes the order of summation.
+
+    Afterwards a resumed worker sums as one that never stopped.
+    """
+    if run.world_size == 1:
+        return
+    shape = (1, *run.train_store.shape)
+    names = run.hints
+    for _ in range(2):
+        batch = MicroBatch(
+            x0=torch.zeros(shape),
+            noise=torch.ones(shape),
+            z=torch.zeros(1),
+            hints=torch.zeros((1, len(names), *shape[1:])) if names else None,
+            mask=torch.ones((1, len(names)), dtype=torch.bool) if names else None,
+        )
+        with run.autocast():
+            losses = _losses(run, batch.to(run.device))
+        losses.sum().backward()
+        run.state.optimizer.zero_grad(set_to_none=True)
+
+
+def _micro_batch(run: PhaseRun, values: dict[str, np.ndarray]) -> MicroBatch:
+    sigma_data, stats = run.config.scheduler.sigma_data, run.train_store.stats
+    draws = draw(run.plan.seed, run.plan.phase, values["index"], run.train_store.shape, len(run.hints))
+    hints = mask = None
+    if run.hints:
+        hints = stack_hints(values, run.hints, stats, sigma_data)
+        mask = torch.from_numpy(kept_hints(draws, run.phase.condition_dropout))
+    return MicroBatch(
+        x0=torch.from_numpy(stats.normalise(values["latent"], sigma_data)),
+        noise=torch.from_numpy(draws.noise),
+        z=torch.from_numpy(draws.z),
+        hints=hints,
+        mask=mask,
+    )
+
+
+def _losses(run: PhaseRun, batch: MicroBatch) -> Tensor:
+    conditions = {} if batch.hints is None else {"hints": batch.hints, "hint_mask": batch.mask}
+    return run.edm.loss(run.model, batch.x0, run.edm.sigma_from_normal(batch.z), batch.noise, **conditions)
+
+
+def _sync(model: torch.nn.Module, last: bool) -> AbstractContextManager:
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def _seed_dropout(run: PhaseRun, step: int, number: int) -> None:
+    if run.config.model.dropout:
+        parts = (run.config.seed, run.phase.name, step, run.rank, number)
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1)
+
+
+def prepared(run: PhaseRun, steps: Iterator[tuple[int, dict[str, np.ndarray]]]) -> Iterator[tuple[int, list]]:
+    """(step, micro-batches) for each step of the stream; pinned for a GPU."""
+    for step, batch in steps:
+        batches = micro_batches(run, batch)
+        if run.device.type == "cuda":
+            batches = [MicroBatch(**{k: v and v.pin_memory() for k, v in vars(b).items()}) for b in batches]
+        yield step, batches

@@ -1,0 +1,126 @@
+"""Validation on fixed tiles, noise levels and noise, with EMA weights, shared among the ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed
+
+from ray_pipeline.data.latents import LatentStore
+from ray_pipeline.diffusion.noise import draw
+from ray_pipeline.training.setup import PhaseRun, spread
+from ray_pipeline.training.step import stack_hints
+
+_MAX_LEVELS = 1000  # noise of level l of tile i is number i * _MAX_LEVELS + l
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Weighted EDM loss of each tile at each noise level, (tiles, levels) float64, and the levels."""
+
+    losses: np.ndarray
+    sigmas: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over tiles; nan for a single tile."""
+        return standard_error(self.losses.mean(axis=1))
+
+    @property
+    def by_sigma(self) -> dict[str, float]:
+        means = self.losses.mean(axis=0)
+        return {f"{sigma:.3g}": float(loss) for sigma, loss in zip(self.sigmas, means, strict=True)}
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of the mean of independent values; nan for fewer than two."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def paired_gain(right: Validation, shuffled: Validation) -> tuple[float, float]:
+    """How much lower the loss with the right hints is than with shuffled ones: mean over tiles and its paired standard
+    error."""
+    difference = (shuffled.losses - right.losses).mean(axis=1)
+    return float(difference.mean()), standard_error(difference)
+
+
+@torch.no_grad()
+def validate(run: PhaseRun, *, shuffled: bool = False) -> Validation:
+    """Validation loss of the EMA weights; all ranks call it and get the same result.
+
+    With `shuffled`, each tile gets the hints of a tile half the set away.
+    """
+    sigmas = run.edm.validation_sigmas(run.config.monitoring.val_noise_levels)
+    tiles = run.val_rows
+    losses = torch.zeros((len(tiles), len(sigmas)), dtype=torch.float64, device=run.device)
+    network = run.state.network.eval()
+    with run.ema_weights():
+        for start in range(0, len(tiles), run.config.train.batch_size * run.world_size):
+            own = np.arange(start, min(start + run.config.train.batch_size * run.world_size, len(tiles)))
+            own = own[own % run.world_size == run.rank]
+            if len(own):
+                _fill(run, network, own, sigmas, losses, shuffled)
+    network.train()
+    if run.world_size > 1:
+        torch.distributed.all_reduce(losses)
+    return Validation(losses=losses.cpu().numpy(), sigmas=sigmas.numpy())
+
+
+def _fill(run: PhaseRun, network, own: np.ndarray, sigmas, losses, shuffled: bool) -> None:
+    x0 = _tiles(run, run.val_store, run.val_rows[own])
+    conditions = {}
+    if run.hints:
+        source = (own + len(run.val_rows) // 2) % len(run.val_rows) if shuffled else own
+        values = run.val_store.gather(run.val_rows[source], hints=run.hints)
+        hints = stack_hints(values, run.hints, run.val_store.stats, run.config.scheduler.sigma_data)
+        with run.autocast():
+            conditions["hints"] = network.encode_hints(hints.to(run.device))
+    for level in range(len(sigmas)):
+        losses[own, level] = _loss_at(run, network, x0, "validation", own, sigmas, level, **conditions)
+
+
+@torch.no_grad()
+def untrained_loss(run: PhaseRun, limit: int = 1024) -> tuple[float, float]:
+    """Loss of the network before its first step on tiles that its latent statistics came from, and its standard error.
+
+    A fresh DiT returns zero, so this is 1 if and only if the latents are normalised to sigma_data; on all of those
+    tiles exactly so but for the noise, on `limit` of them but for the choice too. All ranks call it.
+    """
+    tiles = spread(np.arange(len(run.train_store)), limit)
+    sigmas = run.edm.validation_sigmas(run.config.monitoring.val_noise_levels)
+    losses = torch.zeros((len(tiles), len(sigmas)), dtype=torch.float64, device=run.device)
+    network = run.state.network.eval()
+    size = run.config.train.batch_size
+    own = np.arange(run.rank, len(tiles), run.world_size)
+    for start in range(0, len(own), size):
+        taken = own[start : start + size]
+        x0 = _tiles(run, run.train_store, tiles[taken])
+        for level in range(len(sigmas)):
+            losses[taken, level] = _loss_at(run, network, x0, "untrained", taken, sigmas, level)
+    network.train()
+    if run.world_size > 1:
+        torch.distributed.all_reduce(losses)
+    means = losses.mean(dim=1).cpu().numpy()
+    sampled = len(tiles) < len(run.train_store)
+    return float(means.mean()), standard_error(means) if sampled else 0.0
+
+
+def _tiles(run: PhaseRun, store: LatentStore, rows: np.ndarray) -> torch.Tensor:
+    latents = store.gather(rows, hints=())["latent"]
+    return torch.from_numpy(store.stats.normalise(latents, run.config.scheduler.sigma_data)).to(run.device)
+
+
+def _loss_at(run: PhaseRun, network, x0: torch.Tensor, purpose: str, tiles, sigmas, level: int, **conditions):
+    """Losses (B,) float64 at one noise level; the noise is keyed by purpose, tile and level alone, so that every
+    validation of a run sees the same."""
+    noise = draw(run.config.seed, purpose, tiles * _MAX_LEVELS + level, run.train_store.shape).noise
+    at = sigmas[level].float().to(run.device).expand(len(tiles))
+    with run.autocast():
+        return run.edm.loss(network, x0, at, torch.from_numpy(noise).to(run.device), **conditions).double()

@@ -1,0 +1,47 @@
+"""Packaging of ray-pipeline; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ray-pipeline",
+    version="0.1.0",
+    description="Diffusion priors for microscopy images, trained on Ray",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ray_pipeline", "ray_pipeline.*"]),
+    package_data={"ray_pipeline.models": ["embedded_autoencoder/*"]},
+    install_requires=[
+        "torch>=2.7",
+        "torchvision",  # timm needs it
+        "ray[default,data,train,tune]>=2.60",
+        "diffusers>=0.35",
+        "timm>=1.0",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pandas>=2.1",
+        "opencv-python-headless>=4.9",
+        "pyarrow>=15",
+        "tensorboardx>=2.6",
+        "tifffile>=2024.1",
+        "imagecodecs>=2024.1",  # LZW, JPEG and other compressed TIFF
+        "scikit-image>=0.22",
+        "scipy>=1.11",
+        "pydantic>=2.6",
+        "pyyaml>=6",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "safetensors>=0.4.3",
+        "huggingface-hub>=0.23",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "ruff>=0.6"],
+        "wandb": ["wandb>=0.17"],
+        "s3": ["s3fs>=2024.2"],
+        "depth": ["transformers>=4.41"],
+    },
+    entry_points={"console_scripts": ["ray-pipeline=ray_pipeline.cli:main"]},
+)
