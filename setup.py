@@ -38,7 +38,7 @@ setup(
         "huggingface-hub>=0.23",
     ],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.6"],
+        "dev": ["pytest>=8", "ruff>=0.6", "psutil>=5.9"],
         "wandb": ["wandb>=0.17"],
         "s3": ["s3fs>=2024.2"],
         "depth": ["transformers>=4.41"],

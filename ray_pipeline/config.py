@@ -160,7 +160,7 @@ class TrainConfig(Section):
 
     batch_size: Positive = 2
     global_batch: Positive = 256
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it, else fp32
     dataloader_workers: Positive = 1  # gather tasks a rank
     threads: Positive | None = None  # CPU threads a worker; default: the node's cores over its workers
     compile: bool = False

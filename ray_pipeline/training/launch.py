@@ -21,6 +21,10 @@ from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.training.phase import job_values, train_phase
 from ray_pipeline.training.setup import PhaseJob
 
+#: environment of a training process. Freed blocks stay with the process: a step allocates the same gigabytes of
+#: activations and gradients again, and fresh pages cost as much as the arithmetic on them (glibc's mallopt(3))
+WORKER_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+
 #: logical CPUs for data tasks and actors, beside those that Train's workers take
 _DATA_CPUS = 2
 

@@ -2,41 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
+from ray_pipeline.data.hints import PAIRED
 from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.diffusion.samplers import sample_euler
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.monitoring.events import EventLog, SampleEvent, read_events
 from ray_pipeline.monitoring.plots import plot_progress, sample_grid
-from ray_pipeline.training.setup import PhaseRun, run_folder
+from ray_pipeline.training.setup import PhaseRun, run_folder, spread
 from ray_pipeline.training.step import stack_hints
 
 _DECODE_BATCH = 4
 _PAIR_ROWS = 6  # a grid with hints, sample and target side by side shows this many tiles at most
 
 
+@dataclass(frozen=True)
+class Window:
+    """Intensities shown as black and white; one for a whole picture, and the same at every epoch."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, tiles: np.ndarray) -> Window:
+        """From the darkest to nearly the brightest of the target tiles, as a microscope's viewer opens a file."""
+        low, high = np.percentile(tiles, (0.1, 99.8))
+        return cls(float(low), float(max(high, low + 1e-3)))
+
+    def shown(self, tiles: np.ndarray) -> np.ndarray:
+        return 2 * (tiles - self.low) / (self.high - self.low) - 1
+
+    def of_hint(self, name: str, tiles: np.ndarray) -> np.ndarray:
+        """Degraded images in this window; computed ones (edges, depth) in their own full range."""
+        return self.shown(tiles) if name in PAIRED else tiles
+
+
 def draw_samples(run: PhaseRun, records: EventLog, epoch: int) -> Path:
     """Sample with EMA weights from noise that is the same at every epoch, and write samples_epoch_<epoch>.png.
 
     Unconditional: a square grid. With hints: hints, sample and target of validation tiles side by side, and the
-    sample's PSNR (dB) against the target as the autoencoder gives it back.
+    sample's PSNR (dB, full range) against the target. Hints and targets are shown as the autoencoder gives them back,
+    since that is what the network gets.
     """
     monitoring = run.config.monitoring
     count = min(monitoring.num_samples, _PAIR_ROWS, len(run.val_rows)) if run.hints else monitoring.num_samples
     autoencoder = load_autoencoder(run.config.vae.pretrained, device=run.device, precision=run.config.vae.precision)
     noise = draw(run.config.seed, "samples", range(count), run.train_store.shape).noise
-    values = run.val_store.gather(_sample_rows(run, count), hints=run.hints) if run.hints else {}
+    rows = spread(run.val_rows, count)
+    values = run.val_store.gather(rows, hints=run.hints)
     samples = _decode(run, autoencoder, _sample(run, torch.from_numpy(noise), values))
-    columns, captions = [("sample", samples)], {}
+    target = _decode(run, autoencoder, values["latent"])
+    window = Window.of(target)
+    columns, captions = [("sample", window.shown(samples))], {}
     if run.hints:
-        columns = [(name, _decode(run, autoencoder, values[f"hint.{name}"])) for name in run.hints]
-        target = _decode(run, autoencoder, values["latent"])
-        columns += [("sample", samples), ("target", target)]
+        columns = [
+            (name, window.of_hint(name, _decode(run, autoencoder, values[f"hint.{name}"]))) for name in run.hints
+        ]
+        columns += [("sample", window.shown(samples)), ("target", window.shown(target))]
         captions = {(row, len(columns) - 2): f"{_psnr(samples[row], target[row]):.1f} dB" for row in range(count)}
     path = run_folder(run.job, "samples", run.phase.name) / f"samples_epoch_{epoch:03d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +93,6 @@ def draw_progress(run: PhaseRun, baseline: float | None, epoch: int | None = Non
             plot_loss=monitoring.plot_loss,
             plot_lr=monitoring.plot_lr,
         )
-
-
-def _sample_rows(run: PhaseRun, count: int) -> np.ndarray:
-    return run.val_rows[np.linspace(0, len(run.val_rows) - 1, count).round().astype(np.int64)]
 
 
 @torch.no_grad()

@@ -82,10 +82,11 @@ def checkpoint_folder(run_dir: str) -> str:
 
 
 def precision(config: Config, device_type: str) -> str:
-    """fp32 or bf16; `auto` is bf16 on CUDA and fp32 on CPU."""
-    if config.train.precision == "auto":
-        return "bf16" if device_type == "cuda" else "fp32"
-    return config.train.precision
+    """fp32 or bf16; `auto` is bf16 on CUDA and on a CPU that multiplies bf16 matrices itself, else fp32."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    native = device_type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
 
 
 def make_edm(config: Config) -> EDM:
@@ -140,7 +141,7 @@ def open_phase(job: PhaseJob) -> PhaseRun:
     phase = config.phases[job.phase]
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    _prepare_torch(config, device, context.get_local_world_size())
+    prepare_torch(config, device, context.get_local_world_size())
     train_store = LatentStore.open(f"{job.latents}/train")
     val_store = LatentStore.open(f"{job.latents}/val")
     _check_hints(phase, train_store)
@@ -154,7 +155,7 @@ def open_phase(job: PhaseJob) -> PhaseRun:
     newest = checkpoints.latest(phase.name)
     if newest is None and job.init is not None:
         load_weights(network, open_checkpoint(job.init))
-    state = TrainState(network=network, optimizer=make_optimizer(config, network), ema=_make_ema(config, network))
+    state = TrainState(network=network, optimizer=make_optimizer(config, network), ema=make_ema(config, network))
     if newest is not None:
         state.restore(newest)
     return PhaseRun(
@@ -181,14 +182,16 @@ def run_folder(job: PhaseJob, *parts: str) -> Path:
     return Path(job.run_dir, *parts)
 
 
-def _make_ema(config: Config, network: nn.Module) -> EMA | None:
+def make_ema(config: Config, network: nn.Module) -> EMA | None:
+    """The average of the ema section; None when it is disabled."""
     settings = config.ema
     if not settings.enabled:
         return None
     return EMA(network, settings.decay, settings.update_every, settings.start_step)
 
 
-def _prepare_torch(config: Config, device: torch.device, local_workers: int) -> None:
+def prepare_torch(config: Config, device: torch.device, local_workers: int) -> None:
+    """Threads and determinism of this process."""
     if device.type == "cpu":
         # Ray sets OMP_NUM_THREADS to the worker's logical CPUs, which says nothing about the cores it may use
         torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local_workers))

@@ -1,6 +1,7 @@
 """A folder of images becomes tiles that are crops of it, in one scale, with nothing lost in silence."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import cv2
@@ -25,10 +26,11 @@ def pixels_of(rng, shape, dtype="uint16", scale=400.0):
     return np.clip(rng.gamma(2.0, scale / 4, shape), 0, 255 if dtype == "uint8" else 65535).astype(dtype)
 
 
-@pytest.fixture
-def source(tmp_path, rng):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
     """Nine images of three dtypes, with one and several channels, in sub-folders, beside other files."""
-    folder = tmp_path / "my plate (1)"
+    rng = np.random.default_rng(3)
+    folder = tmp_path_factory.mktemp("source") / "my plate (1)"
     (folder / "well A").mkdir(parents=True)
     for i in range(4):
         tifffile.imwrite(folder / "well A" / f"f{i}.tif", pixels_of(rng, (80, 64 + 9 * i)))
@@ -41,6 +43,12 @@ def source(tmp_path, rng):
     (folder / "README.md").write_text("notes")
     (folder / ".hidden.tif").write_text("not listed")
     return folder
+
+
+@pytest.fixture
+def own_source(source, tmp_path):
+    """A copy of `source` that a test may spoil."""
+    return shutil.copytree(source, tmp_path / source.name)
 
 
 def tree(folder):
@@ -59,16 +67,17 @@ def test_every_tile_is_a_crop_of_its_image_and_every_pixel_is_in_a_tile(source, 
     manifest = load_manifest(tmp_path / "out")
     check_tiles(manifest, 32)
     assert manifest.dataset == "my-plate-1" == done.dataset
+    names = images_of_rows(source, manifest.table)
+    images = {name: read_image(source / name).pixels for name in set(names)}
     covered = {}
-    for i, name in enumerate(images_of_rows(source, manifest.table)):
-        row = manifest.table.iloc[i]
-        image = read_image(source / name).pixels[row.channel_idx]
+    for i, (name, row) in enumerate(zip(names, manifest.table.itertuples(), strict=True)):
+        image = images[name][row.channel_idx]
         mask = covered.setdefault((name, row.channel_idx), np.zeros(image.shape, bool))
         place = np.s_[row.y0 : row.y0 + 32, row.x0 : row.x0 + 32]
         mask[place] = True
-        assert row["dtype"] == image.dtype.name
-        back = from_unit((read_tile(manifest.path(i)) + 1) / 2, row.norm_lo, row.norm_hi, row["dtype"])
-        step = (row.norm_hi - row.norm_lo) / 65535 if row["dtype"] == "float32" else 0
+        assert row.dtype == image.dtype.name
+        back = from_unit((read_tile(manifest.path(i)) + 1) / 2, row.norm_lo, row.norm_hi, row.dtype)
+        step = (row.norm_hi - row.norm_lo) / 65535 if row.dtype == "float32" else 0
         assert np.abs(back.astype(float) - image[place]).max() <= step, row.id
     assert all(mask.all() for mask in covered.values())
     assert len(covered) == 4 + 2 * 2 + 2 + 3 + 1
@@ -123,7 +132,7 @@ def test_sparse_images_use_minimum_and_maximum(tmp_path):
 
 
 def test_all_tiles_and_channels_of_an_image_are_in_one_split(source, tmp_path):
-    prepare_folder(source, tmp_path / "out", tile_size=32, val_fraction=0.3, test_fraction=0.2)
+    prepare_folder(source, tmp_path / "out", tile_size=60, val_fraction=0.3, test_fraction=0.2)
     splits = {}
     for split in ("train", "val", "test"):
         table = load_manifest(tmp_path / "out", split).table
@@ -165,12 +174,12 @@ def test_tile_names_are_unique_and_safe():
 
 
 def test_a_second_run_writes_the_same_bytes_and_leaves_no_old_tile(source, tmp_path):
-    first = prepare_folder(source, tmp_path / "out", tile_size=32)
+    first = prepare_folder(source, tmp_path / "out", tile_size=64)
     before = tree(first.folder)
-    assert before == tree(prepare_folder(source, tmp_path / "other", tile_size=32).folder)
-    prepare_folder(source, tmp_path / "out", tile_size=64, overwrite=True)
-    assert len(list((first.folder / "images").iterdir())) == len(load_manifest(tmp_path / "out"))
+    assert before == tree(prepare_folder(source, tmp_path / "other", tile_size=64).folder)
     prepare_folder(source, tmp_path / "out", tile_size=32, overwrite=True)
+    assert len(list((first.folder / "images").iterdir())) == len(load_manifest(tmp_path / "out")) > first.tiles["train"]
+    prepare_folder(source, tmp_path / "out", tile_size=64, overwrite=True)
     assert tree(first.folder) == before
     assert [p.name for p in (tmp_path / "out" / "foundation").iterdir()] == ["my-plate-1"]
 
@@ -223,13 +232,13 @@ SPOILT = {
 }
 
 
-def test_unusable_images_stop_the_job_and_every_one_is_listed(source, tmp_path):
-    spoil(source)
+def test_unusable_images_stop_the_job_and_every_one_is_listed(own_source, tmp_path):
+    spoil(own_source)
     target = tmp_path / "out" / "foundation" / "my-plate-1"
     with pytest.raises(UserError, match=r"10 of 19 images cannot be used.*link\.tif.*--max-rejected 10"):
-        prepare_folder(source, tmp_path / "out", tile_size=32, max_rejected=9)
+        prepare_folder(own_source, tmp_path / "out", tile_size=32, max_rejected=9)
     assert [p.name for p in target.iterdir()] == ["rejected.csv"]
-    done = prepare_folder(source, tmp_path / "out", tile_size=32, max_rejected=10)
+    done = prepare_folder(own_source, tmp_path / "out", tile_size=32, max_rejected=10)
     listed = dict(list(csv.reader((target / "rejected.csv").open(newline="")))[1:])
     assert listed == dict(done.rejected)
     assert listed.keys() == SPOILT.keys()
@@ -237,12 +246,12 @@ def test_unusable_images_stop_the_job_and_every_one_is_listed(source, tmp_path):
     assert sum(done.images.values()) + len(done.rejected) == done.listed == 19
 
 
-def test_a_refused_overwrite_leaves_the_prepared_data_as_they_are(source, tmp_path):
-    done = prepare_folder(source, tmp_path / "out", tile_size=32)
+def test_a_refused_overwrite_leaves_the_prepared_data_as_they_are(own_source, tmp_path):
+    done = prepare_folder(own_source, tmp_path / "out", tile_size=32)
     before = tree(done.folder)
-    spoil(source)
+    spoil(own_source)
     with pytest.raises(UserError, match="10 of 19"):
-        prepare_folder(source, tmp_path / "out", tile_size=32, overwrite=True)
+        prepare_folder(own_source, tmp_path / "out", tile_size=32, overwrite=True)
     assert tree(done.folder) == before
     assert load_manifest(tmp_path / "out").folder == done.folder
 
@@ -294,7 +303,7 @@ def test_wrong_settings_are_refused_before_any_tile_is_written(tmp_path, rng, ch
 
 def test_progress_counts_every_image_in_both_readings(source, tmp_path):
     seen = []
-    prepare_folder(source, tmp_path / "out", tile_size=32, progress=lambda *step: seen.append(step))
+    prepare_folder(source, tmp_path / "out", tile_size=64, progress=lambda *step: seen.append(step))
     assert seen == [(stage, i, 9) for stage in ("reading intensities", "writing tiles") for i in range(1, 10)]
 
 
@@ -307,4 +316,4 @@ def test_real_collections_need_no_special_case(tmp_path, name):
     assert all("smaller than a tile" in reason for _, reason in done.rejected)
     manifest = load_manifest(tmp_path / "out")
     check_tiles(manifest, 512)
-    assert max(read_tile(manifest.path(i)).max() for i in range(len(manifest))) == 1.0
+    assert any(read_tile(manifest.path(i)).max() == 1.0 for i in range(len(manifest)))

@@ -1,0 +1,206 @@
+"""The whole line through the command line: data, latents, both phases, on a real Ray."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ray_pipeline.checkpoints import CheckpointStore
+from ray_pipeline.cli import main
+from ray_pipeline.data.latents import LatentStore
+from ray_pipeline.data.plan import SamplePlan
+from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.events import read_events
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "data.tile_size": 64,
+    "data.simulate": "null",
+    "data.shard_rows": 8,
+    "model.latent_size": 8,
+    "model.depth": 2,
+    "model.hidden_size": 64,
+    "model.num_heads": 2,
+    "model.patch_size": 2,
+    "train.batch_size": 3,  # does not divide the global batch: the last micro-step is short
+    "train.global_batch": 8,
+    "train.threads": 1,
+    "train.precision": "fp32",
+    "ema.decay": 0.9,
+    "ema.start_step": 4,
+    "optimizer.warmup_steps": 2,
+    "monitoring.log_every_n_steps": 1,
+    "monitoring.val_tiles": 8,
+    "monitoring.sample_every_n_epochs": 2,
+    "monitoring.num_samples": 4,
+    "monitoring.sample_steps": 2,
+    "phases.0.epochs": 4,
+    "phases.1.epochs": 2,
+    "ray.max_failures": 0,
+}
+
+
+def overrides(**changes) -> list[str]:
+    values = TINY | {key.replace("__", "."): value for key, value in changes.items()}
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+def train(data: Path, autoencoder: Path, out: Path, *words: str, **changes) -> int:
+    paths = {"data.root": data, "vae.pretrained": autoencoder, "output_dir": out}
+    settings = [word for key, value in paths.items() for word in ("--set", f"{key}={value}")]
+    return main(["train", "--config", str(ROOT / "configs/demo.yaml"), *overrides(**changes), *settings, *words])
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tiny_data, tiny_autoencoder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("line") / "run"
+    assert train(tiny_data, tiny_autoencoder, out) == 0
+    return out
+
+
+def weights(run: Path, phase: str) -> dict[str, torch.Tensor]:
+    store = CheckpointStore(run / "checkpoints")
+    checkpoint = store.load(store.names(phase)[-1])
+    return {f"{group}/{name}": tensor for group in checkpoint for name, tensor in checkpoint[group].items()}
+
+
+def assert_equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    differing = [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
+    assert not differing, differing[:3]
+
+
+def test_a_run_leaves_checkpoints_pictures_and_records_of_both_phases(finished):
+    for phase, epochs, saved in (("phase1_unconditional", 4, (1, 2, 3, 4)), ("phase2_conditional", 2, (1, 2))):
+        names = CheckpointStore(finished / "checkpoints").names(phase)
+        assert {f"{phase}_epoch_{epoch:03d}.ckpt" for epoch in saved} <= set(names)
+        assert Image.open(finished / "samples" / phase / f"samples_epoch_{epochs:03d}.png").size > (64, 64)
+        assert Image.open(finished / "plots" / phase / "latest_progress.png").size == (1400, 900)
+        assert list((finished / "logs/tensorboard" / phase).glob("events.*"))
+        assert {r["event"] for r in read_events(finished, phase)} == {
+            "phase", "step", "validation", "sample", "checkpoint",
+        }  # fmt: skip
+    state = phase_state.load(finished / "phase_state.json")
+    assert [progress.status for progress in state.phases.values()] == ["finished", "finished"]
+    assert yaml.safe_load((finished / "config.yaml").read_text())["train"]["global_batch"] == 8
+
+
+def test_every_step_is_recorded_once_with_a_finite_loss(finished):
+    steps = read_events(finished, "phase1_unconditional", "step")
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+    assert all(0 < record["loss"] < 10 for record in steps)
+
+
+def test_an_untrained_network_scores_one_on_the_tiles_of_its_statistics(finished):
+    metrics = phase_state.load(finished / "phase_state.json").phase("phase1_unconditional").metrics
+    assert metrics["untrained_loss"] == pytest.approx(1, abs=0.02)
+
+
+def test_phase_two_begins_from_the_best_averaged_weights_of_phase_one(finished):
+    best = phase_state.load(finished / "phase_state.json").phase("phase1_unconditional").best
+    losses = {record["step"]: record["loss"] for record in read_events(finished, "phase1_unconditional", "validation")}
+    store = CheckpointStore(finished / "checkpoints")
+    assert best.val_loss == min(loss for step, loss in losses.items() if step)
+    second = store.load(store.names("phase2_conditional")[0])
+    assert second.state["init"] == store.path(best.checkpoint)
+
+
+def test_a_finished_run_is_left_alone_by_resume(finished, tiny_data, tiny_autoencoder, capsys):
+    before = weights(finished, "phase2_conditional")
+    assert train(tiny_data, tiny_autoencoder, finished, "--resume") == 0
+    assert_equal_bits(before, weights(finished, "phase2_conditional"))
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "said"),
+    [
+        ([], {}, "holds a run already; go on with --resume"),
+        (["--resume"], {"optimizer__lr": 5e-4}, "optimizer.lr"),
+    ],
+)
+def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(
+    finished, tiny_data, tiny_autoencoder, capsys, words, changes, said
+):
+    assert train(tiny_data, tiny_autoencoder, finished, *words, **changes) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_status_tells_where_a_finished_run_stands(finished, capsys):
+    assert main(["status", str(finished)]) == 0
+    text = capsys.readouterr().out
+    assert text.isascii()
+    for words in ("phase1_unconditional: finished", "untrained network", "paired standard errors", "100%"):
+        assert words in text
+
+
+def test_two_workers_train_on_the_same_samples_to_the_same_weights_but_rounding(
+    finished, tiny_data, tiny_autoencoder, tmp_path
+):
+    out = tmp_path / "run"
+    only_phase_one = "[{name: phase1_unconditional, epochs: 4}]"
+    assert train(tiny_data, tiny_autoencoder, out, phases=only_phase_one, ray__num_workers=2) == 0
+    one, two = (read_events(run, "phase1_unconditional", "step") for run in (finished, out))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-3)
+
+
+def test_a_worker_killed_in_mid_phase_goes_on_to_equal_bits(finished, tiny_data, tiny_autoencoder, tmp_path):
+    out = tmp_path / "run"
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        """SIGKILL once the second epoch is committed and a step behind it is recorded."""
+        for _ in range(1200):
+            steps = [record["step"] for record in read_events(out, "phase1_unconditional", "step")]
+            names = CheckpointStore(out / "checkpoints").names()
+            if len(names) >= 2 and steps and steps[-1] > 2:
+                for process in psutil.process_iter(["cmdline"]):
+                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+                        return
+            time.sleep(0.05)
+
+    thread = Thread(target=kill_a_worker)
+    thread.start()
+    code = train(tiny_data, tiny_autoencoder, out, ray__max_failures=1)
+    thread.join()
+    assert code == 0
+    assert killed, "no worker was found to kill"
+    for phase in ("phase1_unconditional", "phase2_conditional"):
+        assert_equal_bits(weights(finished, phase), weights(out, phase))
+    steps = [record["step"] for record in read_events(out, "phase1_unconditional", "step")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_the_store_streams_what_the_plan_says(finished, tiny_data):
+    store = LatentStore.open(tiny_data / "latents")
+    plan = SamplePlan(len(store), 8, seed=0, phase="phase1_unconditional")
+    steps = read_events(finished, "phase1_unconditional", "step")
+    assert steps[-1]["step"] == plan.steps(4)
+    assert steps[-1]["position"] == 8 * plan.steps(4)
+
+
+def test_dry_run_says_what_a_job_takes_and_writes_nothing(ray_cluster, tiny_data, tiny_autoencoder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(tiny_data, tiny_autoencoder, out, "--dry-run") == 0
+    text = capsys.readouterr().out
+    for words in ("steps", "memory", "time", "output", "latents", "GFLOP"):
+        assert words in text
+    assert not out.exists()
+
+
+def test_metrics_are_strict_json_lines(finished):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    for line in (finished / "logs/metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)

@@ -1,0 +1,122 @@
+"""Wrong input ends with one clear sentence and a non-zero exit, never with a traceback."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ray_pipeline.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["data.tile_size=64", "data.simulate=null", "model.latent_size=8", "model.patch_size=2"]
+
+
+def spoil_manifest(data: Path, autoencoder: Path) -> list[str]:
+    shutil.rmtree(data / "foundation" / "simulated" / "manifests")
+    return []
+
+
+def spoil_image_missing(data: Path, autoencoder: Path) -> list[str]:
+    next((data / "foundation" / "simulated" / "images").glob("*.png")).unlink()
+    return []
+
+
+def spoil_image_unreadable(data: Path, autoencoder: Path) -> list[str]:
+    path = next((data / "foundation" / "simulated" / "images").glob("*.png"))
+    path.write_bytes(path.read_bytes()[:100])
+    return []
+
+
+def spoil_partner_missing(data: Path, autoencoder: Path) -> list[str]:
+    next((data / "degraded" / "simulated" / "images").glob("*.png")).unlink()
+    return []
+
+
+def spoil_autoencoder_folder(data: Path, autoencoder: Path) -> list[str]:
+    return [f"vae.pretrained={data}"]
+
+
+def spoil_autoencoder_weights(data: Path, autoencoder: Path) -> list[str]:
+    path = autoencoder / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+    return []
+
+
+def spoil_key(data: Path, autoencoder: Path) -> list[str]:
+    return ["optimizer.learning_rate=1e-4"]
+
+
+def spoil_resources(data: Path, autoencoder: Path) -> list[str]:
+    return ["ray.num_workers=500", "train.global_batch=512"]
+
+
+def spoil_output(data: Path, autoencoder: Path) -> list[str]:
+    (data / "occupied").write_text("a file")
+    return [f"output_dir={data / 'occupied' / 'run'}"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_key, ["optimizer.learning_rate", "nearest known key is lr"]),
+        (spoil_manifest, ["data.root", "prepare"]),
+        (spoil_image_missing, ["missing", ".png"]),
+        (spoil_image_unreadable, [".png"]),
+        (spoil_partner_missing, ["partner", ".png", "missing"]),
+        (spoil_autoencoder_folder, ["vae.pretrained", "config.json"]),
+        (spoil_autoencoder_weights, ["vae.pretrained", "fresh copy"]),
+        (spoil_resources, ["ray.num_workers=500", "CPU"]),
+        (spoil_output, ["output_dir", "cannot be written"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_wrong_input_is_told_in_one_sentence(ray_cluster, tiny_data, tiny_autoencoder, tmp_path, capfd, spoil, said):
+    data, autoencoder = tmp_path / "data", tmp_path / "autoencoder"
+    shutil.copytree(tiny_data, data, ignore=shutil.ignore_patterns("latents"))
+    shutil.copytree(tiny_autoencoder, autoencoder)
+    settings = [*SMALL, f"data.root={data}", f"vae.pretrained={autoencoder}", f"output_dir={tmp_path / 'run'}"]
+    settings += spoil(data, autoencoder)
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["train", "--config", str(ROOT / "configs/demo.yaml"), *words]) != 0
+    error = capfd.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    for words in said:
+        assert words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--config", "absent.yaml"], "absent.yaml does not exist"),
+        (["status", "absent_run"], "absent_run holds no run"),
+        (["prepare", "folder", "absent_folder", "--out", "data"], "absent_folder"),
+        (["encode", "--config", str(ROOT / "configs/demo.yaml"), "--verify"], "encode"),
+        (["train-vae", "absent_data", "--out", "weights"], "absent_data"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_each_command_names_what_is_not_there(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_tile_of_another_size_than_the_config_is_named(ray_cluster, tiny_data, tiny_autoencoder, tmp_path, capfd):
+    from ray_pipeline.data.images import write_tile
+
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data, ignore=shutil.ignore_patterns("latents"))
+    path = sorted((data / "foundation" / "simulated" / "images").glob("*.png"))[0]
+    write_tile(path, np.zeros((32, 32), np.float32))
+    settings = [*SMALL, f"data.root={data}", f"vae.pretrained={tiny_autoencoder}", f"output_dir={tmp_path / 'run'}"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["encode", "--config", str(ROOT / "configs/demo.yaml"), *words]) == 2
+    error = capfd.readouterr().err
+    assert "32x32" in error
+    assert path.name in error
