@@ -1,7 +1,8 @@
 """Checkpoints that exist as a whole or not at all, on any storage that pyarrow opens.
 
 <store>/<name>.ckpt/<group>.safetensors   tensors, one file a group; no pickle
-<store>/<name>.ckpt/state.json            position, config and the sha256 of each file; written last: the commit mark
+<store>/<name>.ckpt/state.json            position, config and the sha256 of each file and of itself; written last: the
+                                          commit mark
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.monitoring.phase_state import replace_file
 
 SUFFIX = ".ckpt"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -77,11 +79,17 @@ class CheckpointStore:
 
     def __init__(self, uri: str | Path):
         text = str(uri)
-        self._local = "://" not in text
-        if self._local:
+        if "://" not in text:
             self._filesystem, self.root = pyarrow.fs.LocalFileSystem(), str(Path(text).absolute())
         else:
-            self._filesystem, self.root = pyarrow.fs.FileSystem.from_uri(text)
+            try:
+                self._filesystem, self.root = pyarrow.fs.FileSystem.from_uri(text)
+            except (ValueError, OSError) as error:
+                raise UserError(
+                    f"checkpoint store {text} cannot be opened ({' '.join(str(error).split())}); give a local folder "
+                    "or a URI such as s3://bucket/folder"
+                ) from None
+        self._local = isinstance(self._filesystem, pyarrow.fs.LocalFileSystem)
 
     def path(self, name: str) -> str:
         """Where checkpoint `name` lies on its filesystem."""
@@ -92,19 +100,21 @@ class CheckpointStore:
     def save(self, name: str, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping) -> str:
         """Write and commit `groups` {file: {tensor name: tensor}} with `state` (JSON values); returns the name.
 
-        FileExistsError when `name` is committed already; what an interrupted save left behind is replaced.
+        FileExistsError when `name` is committed already. What an interrupted save left behind is replaced, and so is
+        a damaged checkpoint: the run that fell back to an older one comes to this name again.
         """
         folder = self.path(name)
-        if self._record(folder) is not None:
+        if self._is_whole(folder):
             raise FileExistsError(f"checkpoint {folder} is committed already; a name is never overwritten")
-        self._remove(folder)
+        self.delete(name)
         self._filesystem.create_dir(folder, recursive=True)
         files = {}
         for group, tensors in groups.items():
             data = safetensors.torch.save({key: value.detach().contiguous().cpu() for key, value in tensors.items()})
             files[group] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
             self._write(f"{folder}/{group}.safetensors", data)
-        self._write(f"{folder}/state.json", json.dumps({"files": files, "state": dict(state)}, indent=1).encode())
+        record = json.loads(json.dumps({"files": files, "state": dict(state)}))  # as it will be read
+        self._write(f"{folder}/state.json", json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
         return folder.rsplit("/", 1)[1]
 
     def load(self, name: str, groups: list[str] | None = None) -> Checkpoint:
@@ -147,20 +157,40 @@ class CheckpointStore:
         self._remove(folder)
 
     def _write(self, path: str, data: bytes) -> None:
-        # an object store shows an object only once it is whole; a local file needs the rename
-        target = f"{path}.partial" if self._local else path
-        with self._filesystem.open_output_stream(target) as file:
-            file.write(data)
+        # an object store shows an object only once it is whole; a local file needs the rename, and must have reached
+        # the disk before the checkpoint before this one is deleted
         if self._local:
-            self._filesystem.move(target, path)
+            replace_file(path, data)
+            return
+        with self._filesystem.open_output_stream(path) as file:
+            file.write(data)
 
     def _record(self, folder: str) -> dict | None:
+        path = f"{folder}/state.json"
         try:
-            with self._filesystem.open_input_file(f"{folder}/state.json") as file:
+            with self._filesystem.open_input_file(path) as file:
                 record = json.loads(file.read())
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
-        return record if isinstance(record, dict) and {"files", "state"} <= record.keys() else None
+        except OSError as error:
+            # a store that does not answer must not look like an empty one: the run would begin again at 0
+            raise UserError(
+                f"checkpoint file {path} cannot be read ({' '.join(str(error).split())}); check the storage and its "
+                "permissions, then resume"
+            ) from error
+        if not isinstance(record, dict):
+            return None
+        return record if record.pop("sha256", None) == _digest(record) else None
+
+    def _is_whole(self, folder: str) -> bool:
+        record = self._record(folder)
+        if record is None:
+            return False
+        try:
+            Checkpoint(self._filesystem, folder, record).verify()
+        except DamagedCheckpoint:
+            return False
+        return True
 
     def _exists(self, path: str) -> bool:
         return self._filesystem.get_file_info(path).type != pyarrow.fs.FileType.NotFound
@@ -168,6 +198,11 @@ class CheckpointStore:
     def _remove(self, folder: str) -> None:
         if self._exists(folder):
             self._filesystem.delete_dir(folder)
+
+
+def _digest(record: Mapping) -> str:
+    """sha256 of a record's values, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def open_checkpoint(folder: str) -> Checkpoint:

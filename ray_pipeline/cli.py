@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        return arguments.run(arguments) or 0
+        return arguments.job(arguments) or 0
     except UserError as error:
         print(f"error: {_ascii(str(error))}", file=sys.stderr)
         return 2
@@ -62,7 +62,7 @@ def _add(commands, name: str, run: Callable, words: str, example: str | None = N
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(job=run)
     return parser
 
 

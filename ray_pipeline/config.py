@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.dit import ARCHITECTURES
+
+# what pydantic says in Python's words
+_EXPECTED = {"tuple_type": "Expected a list", "model_type": "Expected keys and values"}
 
 CONDITION_TYPES = ("super_resolution", "denoising", "canny", "depth")
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -29,14 +33,23 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads true as 1, and YAML reads on and yes as true
+        kinds = _flatten(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and bool not in kinds and value not in kinds:
+            raise ValueError(f"expected another value than {'true' if value else 'false'}")
+        return value
+
 
 class SimulateConfig(Section):
     """The embedded sample data set; written to `data.root` when nothing is there yet."""
 
     fields: Positive = 64
     field_size: Positive = 512
-    val_fraction: Fraction = 0.15
-    seed: int = 0
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class DataConfig(Section):
@@ -107,7 +120,7 @@ class VaeConfig(Section):
 
     pretrained: str = "embedded"
     batch_size: Positive = 4  # images an actor encodes at once
-    actors: Positive | None = None  # default: one a GPU, else half of the CPU cores
+    actors: Positive | None = None  # default: one a GPU worker, else one a CPU core
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
@@ -147,7 +160,7 @@ class OptimizerConfig(Section):
     """Fused AdamW."""
 
     lr: PositiveFloat = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -240,7 +253,7 @@ class RayConfig(Section):
 
     address: str = "auto"  # auto: the cluster this process runs in (RAY_ADDRESS, a Ray job), else local
     num_workers: Positive = 1
-    use_gpu: Literal["auto"] | bool = "auto"
+    use_gpu: Literal["auto", True, False] = "auto"
     cpus_per_worker: PositiveFloat = 1.0
     resources_per_worker: dict[str, PositiveFloat] = {}
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -263,14 +276,21 @@ class Config(Section):
     monitoring: MonitoringConfig = MonitoringConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sweep: SweepConfig = SweepConfig()
-    phases: Annotated[tuple[PhaseConfig, ...], Field(min_length=1)]
+    phases: tuple[PhaseConfig, ...]
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
     def _check_together(self) -> Config:
+        if not self.phases:
+            raise ValueError("phases is empty; list at least one, with its name and epochs")
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases: two phases share a name: {', '.join(names)}")
+        if self.data.tile_size % 8:
+            raise ValueError(
+                f"data.tile_size {self.data.tile_size} is not a multiple of 8, the autoencoder's downscaling; "
+                f"prepare tiles of {max(8, self.data.tile_size // 8 * 8)} px"
+            )
         if self.data.tile_size != 8 * self.model.latent_size:
             raise ValueError(
                 f"data.tile_size {self.data.tile_size} and model.latent_size {self.model.latent_size} do "
@@ -339,9 +359,10 @@ def _apply_override(tree: dict, override: str) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 where = ".".join(parts[:depth])
-                raise UserError(f"--set {key}: {where} has items 0 to {len(node) - 1}, not {part!r}")
+                items = f"items 0 to {len(node) - 1}" if node else "no items"
+                raise UserError(f"--set {key}: {where} has {items}, not {part!r}; or set the whole list, {where}=[...]")
             part = int(part)
         elif not isinstance(node, dict):
             raise UserError(f"--set {key}: {'.'.join(parts[:depth])} holds a plain value, it has no key {part!r}")
@@ -358,15 +379,21 @@ def _apply_override(tree: dict, override: str) -> None:
 def _describe(problem: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in problem["loc"]) or "config"
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(problem["loc"][:-1])
-        nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)
-        return f"unknown key {path}; the nearest known key is {nearest[0]}" if nearest else f"unknown key {path}"
+        nearest = _nearest(str(problem["loc"][-1]), _keys_at(problem["loc"][:-1]))
+        return f"unknown key {path}; the nearest known key is {nearest}"
     if problem["type"] == "missing":
         return f"{path} is missing and has no default"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message if path == "config" else f"{path}: {message}"
     return f"{path}: {message[0].lower()}{message[1:]}, found {problem['input']!r}"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    initials = "".join(word[:1] for word in key.split("_"))
+    if initials in known:  # learning_rate -> lr
+        return initials
+    return max(known, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The one exception that is meant for a person."""
+"""The one exception that is meant for a person, and how to find it inside what Ray raises."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,27 @@ class UserError(ValueError):
     The command line prints it as one sentence and exits non-zero; any other exception is a defect of ours
     and keeps its traceback.
     """
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """The first UserError among an error and its causes; Ray wraps what a worker or task raised several times.
+
+    Of an error in a data task Ray keeps the traceback's text alone, so that is searched last.
+    """
+    pending: list[BaseException | None] = [error]
+    seen: dict[int, BaseException] = {}
+    while pending:
+        found = pending.pop(0)
+        if found is None or id(found) in seen:
+            continue
+        seen[id(found)] = found
+        if isinstance(found, UserError):
+            return UserError(str(found))
+        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]
+        pending += list(getattr(found, "worker_failures", {}).values())
+    for found in seen.values():
+        for line in str(found).splitlines():
+            _, mark, message = line.partition("ray_pipeline.errors.UserError: ")
+            if mark:
+                return UserError(message)
+    return None

@@ -14,12 +14,15 @@ import torch
 from ray_pipeline.config import Config, PhaseConfig
 from ray_pipeline.data.encode import EncodeJob
 from ray_pipeline.errors import UserError
+from ray_pipeline.models.dit import NoiseEmbedder
 from ray_pipeline.monitoring.progress import format_bytes, format_count, format_seconds
 from ray_pipeline.training.setup import make_network, make_plan, precision
 
 #: share of the measured matrix-multiply rate that a whole training step is assumed to reach
 ASSUMED_EFFICIENCY = 0.5
 _FLOAT = 4
+#: kept for the backward pass, a token, block and unit of hidden size; counted with saved-tensor hooks
+_ACTIVATION_BYTES = {"fp32": 85, "bf16": 55}
 _MARGIN = 1.05  # room for logs, pictures and file headers
 
 
@@ -51,33 +54,49 @@ def estimate_phase(config: Config, phase: PhaseConfig, num_samples: int) -> Phas
         samples=num_samples * phase.epochs,
         flops=num_samples * phase.epochs * sample_flops(config, phase),
         checkpoint_bytes=_FLOAT * (copies * parameters + frozen),
-        checkpoints=len(phase.save_epochs) + 2,
+        # the best and the last beside those of save_epochs, and a new one is committed before an old one goes; the
+        # last epoch, where it is one of save_epochs, is not there before it is the new one
+        checkpoints=len(phase.save_epochs) + (2 if phase.epochs in phase.save_epochs else 3),
     )
 
 
 def sample_flops(config: Config, phase: PhaseConfig) -> float:
     """Floating-point operations of one trained sample: 2 a multiply-accumulate, backward twice the forward pass.
 
-    A block has 12 hidden^2 parameters a token, 6 hidden^2 of adaLN a group, and attention over all keys.
+    A block has 12 hidden^2 parameters a token, 6 hidden^2 of adaLN a condition, and attention over all keys. The last
+    block gives only queries, keys and values of the hints; one clean condition serves all hints of a micro-step.
     """
     shape = config.model.shape
     hidden, depth = shape["hidden_size"], shape["depth"]
-    tokens = (config.model.latent_size // shape["patch_size"]) ** 2
-    groups = 1 + len(phase.condition_types)
-    linear = depth * groups * (12 * tokens * hidden**2 + 6 * hidden**2)
-    attention = depth * 2 * hidden * tokens * (groups * tokens + (groups - 1) * tokens)
-    return 6.0 * (linear + attention)
+    tokens, hints = _tokens(config), len(phase.condition_types)
+    patch = config.model.latent_channels * shape["patch_size"] ** 2 * hidden
+    blocks = tokens * hidden**2 * (12 * depth + hints * (12 * (depth - 1) + 3))
+    attention = 2 * hidden * tokens**2 * (depth * (1 + hints) + hints * (depth - 1))
+    embedding = NoiseEmbedder.frequencies * hidden + hidden**2
+    conditions = (6 * depth * hidden**2 + embedding) * (1 + bool(hints) / config.train.batch_size)
+    final = 2 * hidden**2 + tokens * patch
+    # images and hints need no gradient themselves; a hint passes the shared and the aligned patch embedding
+    embedded = tokens * patch * (1 + 2 * hints)
+    return 6.0 * (blocks + attention + conditions + final) + 4.0 * embedded
 
 
 def worker_memory(config: Config, phase: PhaseConfig) -> int:
-    """Bytes a worker needs for weights, gradients, Adam, EMA and the activations of one micro-step, about."""
+    """Bytes a worker needs for weights, gradients, Adam, EMA and the activations of one micro-step, about.
+
+    In bf16, autocast keeps a bf16 copy of the weights as well.
+    """
+    kind = precision(config, "cuda" if torch.cuda.is_available() else "cpu")
     estimate = estimate_phase(config, phase, 1)
     shape = config.model.shape
-    tokens = (config.model.latent_size // shape["patch_size"]) ** 2 * (1 + len(phase.condition_types))
-    width = 2 if config.train.precision == "bf16" else 4
-    # about 34 numbers of hidden size a token and block are kept for the backward pass
-    activations = config.train.batch_size * tokens * shape["depth"] * 34 * shape["hidden_size"] * width
-    return estimate.checkpoint_bytes + _FLOAT * estimate.parameters + activations
+    tokens = config.train.batch_size * _tokens(config) * (1 + len(phase.condition_types))
+    activations = tokens * shape["depth"] * shape["hidden_size"] * _ACTIVATION_BYTES[kind]
+    copies = 2 * estimate.parameters if kind == "bf16" else 0
+    return estimate.checkpoint_bytes + _FLOAT * estimate.parameters + copies + activations
+
+
+def _tokens(config: Config) -> int:
+    """Tokens of an image, and of each hint."""
+    return (config.model.latent_size // config.model.shape["patch_size"]) ** 2
 
 
 def output_bytes(phases: list[PhaseEstimate]) -> int:
@@ -92,9 +111,7 @@ def latents_bytes(job: EncodeJob, tiles: int) -> int:
 
 def check_disk(folder: str | Path, need: int, key: str) -> None:
     """UserError when the file system of `folder` (which need not exist yet) has less than `need` bytes free."""
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
+    place = _existing(folder)
     free = shutil.disk_usage(place).free
     if free < need:
         raise UserError(
@@ -105,23 +122,31 @@ def check_disk(folder: str | Path, need: int, key: str) -> None:
 
 def check_writable(folder: str | Path, key: str) -> None:
     """UserError when nothing can be written below `folder`."""
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
+    place = _existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{key}={folder} cannot be written ({place} is no writable folder); choose another one")
 
 
+def _existing(folder: str | Path) -> Path:
+    """`folder`, or the nearest one above it that is there; os.path, as Path.exists raises where it may not look."""
+    place = Path(folder).absolute()
+    while not os.path.exists(place):
+        place = place.parent
+    return place
+
+
 def matmul_rate(device: torch.device, kind: str) -> float:
-    """Floating-point operations a second of a 1024 x 1024 matrix product on this device, measured for 0.5 s."""
+    """Floating-point operations a second of a square matrix product on this device, measured for 0.5 s."""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    a = torch.randn(1024, 1024, device=device).to(dtype)
+    # large enough on a GPU that waiting for it weighs nothing
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
     (a @ a).sum().item()
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < 0.5:
         (a @ a).sum().item()
         count += 1
-    return 2 * 1024**3 * count / (time.perf_counter() - started)
+    return 2 * size**3 * count / (time.perf_counter() - started)
 
 
 def report(config: Config, job: EncodeJob, tiles: dict[str, int], stored: bool) -> str:

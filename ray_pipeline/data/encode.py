@@ -9,99 +9,35 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import ray
 import torch
 
-from ray_pipeline.data.hints import PAIRED, HintSettings, dihedral, make_hint
+from ray_pipeline.data.hints import dihedral, make_hint
 from ray_pipeline.data.images import read_tile
 from ray_pipeline.data.latents import (
     FORMAT_VERSION,
     LatentStats,
     LatentStore,
-    parse_stats,
+    read_stats,
     shard_is_whole,
     write_shard,
 )
-from ray_pipeline.data.manifest import check_tiles, dataset_folders, load_manifest, load_pairs
+from ray_pipeline.data.listing import EncodeJob, Listing, TileRow
+from ray_pipeline.data.listing import list_tiles as list_tiles
+from ray_pipeline.data.manifest import SPLITS
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.autoencoder import DOWNSCALE, Autoencoder, load_autoencoder
+from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.monitoring.phase_state import replace_file
 
-SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class EncodeJob:
-    """All that decides the bytes of a store."""
-
-    root: str
-    store: str
-    tile_size: int
-    hints: tuple[str, ...]
-    hint_settings: HintSettings
-    variants: int
-    shard_rows: int
-    autoencoder: str
-    precision: str
-    latent_channels: int
-    batch_size: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        side = self.tile_size // DOWNSCALE
-        return (self.latent_channels, side, side)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one stored row: every variant of the tile and of each hint, fp16."""
-        return int(np.prod(self.shape)) * 2 * self.variants * (1 + len(self.hints))
-
-
-@dataclass(frozen=True)
-class TileRow:
-    """One tile to encode: its id, file, and the files of its degraded partners by hint name."""
-
-    id: str
-    path: str
-    partners: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Tiles of every split in the order of their rows, the data sets' ranges, and a hash of all of it."""
-
-    rows: dict[str, list[TileRow]]
-    datasets: dict[str, list[dict]]
-    fingerprint: str
-
-
-def list_tiles(job: EncodeJob) -> Listing:
-    """Every foundation data set under the root, by name; UserError for missing manifests, images or splits."""
-    folders = dataset_folders(job.root)
-    if not folders:
-        raise UserError(
-            f"data.root={job.root} holds no foundation/<dataset>/manifests; write some with `ray-pipeline prepare` or "
-            "`ray-pipeline simulate`, or correct data.root"
-        )
-    rows: dict[str, list[TileRow]] = {split: [] for split in SPLITS}
-    ranges: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    digest = hashlib.sha256()
-    for folder in folders:
-        pairs = _partners(job, folder.name)
-        for split in SPLITS:
-            listed = _split_rows(folder, split, job, pairs, digest)
-            ranges[split].append({"name": folder.name, "start": len(rows[split]), "count": len(listed)})
-            rows[split] += listed
-    for split in ("train", "val"):
-        if not rows[split]:
-            raise UserError(f"data.root={job.root} has no tile in split {split}; prepare the data with both splits")
-    return Listing(rows=rows, datasets=ranges, fingerprint=digest.hexdigest())
+#: tiles an actor reads before they are encoded; each comes with every variant of itself and of its hints
+_READ_AHEAD = 4
+_FP16_MAX = float(np.finfo(np.float16).max)
 
 
 def fingerprint(job: EncodeJob, listing: Listing, autoencoder: Autoencoder) -> str:
@@ -113,17 +49,23 @@ def fingerprint(job: EncodeJob, listing: Listing, autoencoder: Autoencoder) -> s
 
 
 def check_store(job: EncodeJob, expected: str) -> bool:
-    """True when a finished store with this fingerprint is there; UserError when it is another one."""
+    """True when a finished store with this fingerprint is there; UserError when it is another one.
+
+    False also when an index or a shard of it is gone or cut short, so that `encode` makes them again.
+    """
     stats_file = Path(job.store) / "stats.json"
     if not stats_file.is_file():
         return False
-    found = parse_stats(json.loads(stats_file.read_text(encoding="utf-8"))).fingerprint
+    found = read_stats(stats_file).fingerprint
     if found != expected:
         raise UserError(
             f"{job.store} was encoded from other tiles, autoencoder or hint settings (fingerprint {found[:12]}, "
             f"expected {expected[:12]}); run `ray-pipeline encode --overwrite` or set data.latents to another folder"
         )
-    return all((Path(job.store) / split / "index.json").is_file() for split in SPLITS)
+    try:
+        return not any(LatentStore.open(Path(job.store) / split).missing() for split in SPLITS)
+    except UserError:
+        return False
 
 
 def encode(
@@ -141,10 +83,12 @@ def encode(
     """
     store = Path(job.store)
     store.mkdir(parents=True, exist_ok=True)
+    # the mark of a finished store: from the first new shard on, this is none
+    (store / "stats.json").unlink(missing_ok=True)
     sums: list[tuple[int, np.ndarray, np.ndarray]] = []
     for split in SPLITS:
         (store / split).mkdir(exist_ok=True)
-        shards = sorted(_encode_split(job, listing, split, expected, actors, gpus_per_actor, progress), key=_file)
+        shards = sorted(_encode_split(job, listing, split, expected, actors, gpus_per_actor, progress), key=_number)
         if split == "train":
             sums = [(s["count"], np.array(s["sum"]), np.array(s["square"])) for s in shards]
         index = {
@@ -157,6 +101,7 @@ def encode(
             "shards": [{key: shard[key] for key in ("file", "rows", "sha256")} for shard in shards],
         }
         _write_json(store / split / "index.json", index)
+        _remove_strays(store / split, shards)
     stats = _statistics(sums, expected, len(listing.rows["train"]))
     _write_json(store / "stats.json", stats.as_json())
     return stats
@@ -187,16 +132,23 @@ class ShardEncoder:
         self.readers = ThreadPoolExecutor(2)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"record": np.array([self._encode(json.loads(str(text))) for text in batch["shard"]], dtype=object)}
+        return {"record": np.array([self._answer(json.loads(str(text))) for text in batch["shard"]], dtype=object)}
+
+    def _answer(self, shard: dict) -> str:
+        """The shard's record, or what is wrong with its tiles: Ray keeps no cause of an error that a task raises."""
+        try:
+            return self._encode(shard)
+        except UserError as error:
+            return json.dumps({"wrong": str(error)})
 
     def _encode(self, shard: dict) -> str:
         path = Path(shard["path"])
         columns = self._columns([TileRow(**row) for row in shard["rows"]])
         record = {"file": path.name, "rows": len(shard["rows"]), "sha256": write_shard(path, columns)}
-        latents = np.concatenate([v for k, v in columns.items() if k.startswith("latent@")]).astype(np.float64)
-        record["count"] = latents.size // latents.shape[1]
-        record["sum"] = latents.sum(axis=(0, 2, 3)).tolist()
-        record["square"] = np.square(latents).sum(axis=(0, 2, 3)).tolist()
+        latents = [values for name, values in columns.items() if name.startswith("latent@")]
+        record["count"] = sum(values.size // values.shape[1] for values in latents)
+        record["sum"] = sum(values.sum(axis=(0, 2, 3), dtype=np.float64) for values in latents).tolist()
+        record["square"] = sum(np.square(values, dtype=np.float64).sum(axis=(0, 2, 3)) for values in latents).tolist()
         record["fingerprint"] = self.expected
         _write_json(path.with_suffix(".json"), record)
         return json.dumps(record)
@@ -205,7 +157,7 @@ class ShardEncoder:
         names = [f"{name}@{k}" for k in range(self.job.variants) for name in ("latent", *_hint_columns(self.job))]
         columns = {name: np.empty((len(rows), *self.job.shape), np.float16) for name in names}
         pending: list[tuple[str, int, np.ndarray]] = []
-        for number, images in enumerate(self.readers.map(self._images, rows)):
+        for number, images in enumerate(self._read(rows)):
             pending += [(name, number, image) for name, image in zip(names, images, strict=True)]
             while len(pending) >= self.job.batch_size:
                 self._flush(pending, columns)
@@ -213,13 +165,26 @@ class ShardEncoder:
             self._flush(pending, columns)
         return columns
 
+    def _read(self, rows: Sequence[TileRow]) -> Iterator[list[np.ndarray]]:
+        """Images of each row, in order; a slow autoencoder must not let the images of a whole shard pile up."""
+        ahead: deque = deque()
+        for row in rows:
+            ahead.append(self.readers.submit(self._images, row))
+            if len(ahead) > _READ_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
     def _flush(self, pending: list[tuple[str, int, np.ndarray]], columns: dict[str, np.ndarray]) -> None:
         taken = pending[: self.job.batch_size]
         del pending[: self.job.batch_size]
         latents = self.autoencoder.encode(torch.from_numpy(np.stack([image for _, _, image in taken])))
         for (name, number, _), latent in zip(taken, latents.cpu().numpy(), strict=True):
-            if not np.isfinite(latent).all():
-                raise UserError(f"the autoencoder gave a latent that is not finite for row {number}, column {name}")
+            if not np.abs(latent).max() <= _FP16_MAX:
+                raise UserError(
+                    f"the autoencoder gave a latent that fp16 cannot hold for row {number} of a shard, column {name}; "
+                    "check vae.pretrained, and use vae.precision=fp32"
+                )
             columns[name][number] = latent
 
     def _images(self, row: TileRow) -> list[np.ndarray]:
@@ -273,6 +238,8 @@ def _encode_split(
     )
     for row in encoded.iter_rows():
         record = json.loads(row["record"])
+        if "wrong" in record:
+            raise UserError(record["wrong"])
         progress(record["rows"])
         yield record
 
@@ -280,7 +247,7 @@ def _encode_split(
 def _stored_record(path: Path, expected: str) -> dict | None:
     try:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
     same = record.get("fingerprint") == expected and shard_is_whole(path, record["sha256"])
     return record if same else None
@@ -299,36 +266,6 @@ def _statistics(sums: list[tuple[int, np.ndarray, np.ndarray]], expected: str, t
     return LatentStats(mean=mean, std=std, count=tiles, fingerprint=expected)
 
 
-def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, str]]:
-    """Foundation id -> {hint name: file of the degraded partner}."""
-    table = load_pairs(job.root, dataset)
-    folder = Path(job.root).absolute() / "degraded" / dataset
-    partners: dict[str, dict[str, str]] = {}
-    for task, pair, image in zip(table["task"], table["pair_id"], table["image"], strict=True):
-        if task in PAIRED and task in job.hints:
-            partners.setdefault(str(pair), {}).setdefault(task, str(folder / image))
-    return partners
-
-
-def _split_rows(folder: Path, split: str, job: EncodeJob, pairs: dict[str, dict[str, str]], digest) -> list[TileRow]:
-    csv = folder / "manifests" / f"{split}.csv"
-    if split == "test" and (not csv.is_file() or len(csv.read_text(encoding="utf-8").splitlines()) < 2):
-        return []
-    manifest = load_manifest(csv)
-    check_tiles(manifest, job.tile_size)
-    digest.update(f"{folder.name}/{split}/{manifest.fingerprint()}".encode())
-    rows = []
-    for number in range(len(manifest)):
-        identifier = str(manifest.table["id"].iat[number])
-        partners = pairs.get(identifier, {})
-        missing = [path for path in partners.values() if not Path(path).is_file()]
-        if missing:
-            raise UserError(f"degraded partner {missing[0]} of tile {identifier} is missing; restore it or its row")
-        digest.update(json.dumps(sorted((k, Path(v).name) for k, v in partners.items())).encode())
-        rows.append(TileRow(id=f"{folder.name}/{identifier}", path=str(manifest.path(number)), partners=partners))
-    return rows
-
-
 def _hint_columns(job: EncodeJob) -> list[str]:
     return [f"hint.{name}" for name in job.hints]
 
@@ -337,5 +274,14 @@ def _write_json(path: Path, value: dict) -> None:
     replace_file(path, (json.dumps(value) + "\n").encode())
 
 
-def _file(record: dict) -> str:
-    return record["file"]
+def _number(record: dict) -> int:
+    # by number: the sixth digit of the millionth shard would spoil the order of names
+    return int(record["file"].removeprefix("shard-").removesuffix(".arrow"))
+
+
+def _remove_strays(folder: Path, shards: Sequence[dict]) -> None:
+    """Delete shards and records that the index does not name: left by another shard size, or by a kill."""
+    kept = {shard["file"] for shard in shards} | {Path(shard["file"]).with_suffix(".json").name for shard in shards}
+    for path in folder.glob("shard-*.*"):
+        if path.name not in kept:
+            path.unlink()

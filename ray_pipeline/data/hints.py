@@ -85,7 +85,7 @@ def pseudo_depth(tile, partner, rng, settings) -> np.ndarray:
     """Smoothed relief of brightness on a logarithmic scale. One slice holds no physical depth: this stands in the
     place of depth as a coarse layout, and says so by its name."""
     relief = np.log1p(20 * optics.blur(_unit(tile), tile.shape[0] / 40)) / np.log(21)
-    return 2 * relief - 1
+    return np.clip(2 * relief - 1, -1, 1)
 
 
 HINTS: dict[str, Callable[..., np.ndarray]] = {

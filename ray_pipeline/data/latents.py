@@ -1,7 +1,7 @@
 """The latent store: row-addressable fp16 latents and hint latents in Arrow IPC shards, with an index and statistics.
 
-<store>/stats.json                     per-channel mean and std of the training split, counts, fingerprint
-<store>/<split>/index.json             shards with rows and sha256, row ranges of the data sets; written last
+<store>/stats.json                     per-channel mean and std of the training split, counts, fingerprint; written last
+<store>/<split>/index.json             shards with rows and sha256, row ranges of the data sets, fingerprint
 <store>/<split>/shard-00000.arrow      one fixed-size binary column a latent: latent@0, hint.denoising@0, ...
 
 "@k" is the augmentation variant. Shards are uncompressed, so a local one is memory-mapped and a row is a slice.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from ray_pipeline.errors import UserError
 
 FORMAT_VERSION = 1
 _OPEN_SHARDS = 64
+_INDEX_KEYS = ("version", "fingerprint", "shape", "hints", "variants", "datasets", "shards")
+_REMEDY = "run `ray-pipeline encode --overwrite` (it keeps every whole shard)"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,15 @@ def parse_stats(values: dict) -> LatentStats:
     return LatentStats(mean=mean, std=std, count=int(values["count"]), fingerprint=values["fingerprint"])
 
 
+def read_stats(path: str | Path) -> LatentStats:
+    """LatentStats of a stats.json; UserError when it is missing or damaged."""
+    values = _read_json(Path(path), ("mean", "std", "count", "fingerprint"))
+    try:
+        return parse_stats(values)
+    except (TypeError, ValueError):
+        raise UserError(f"latent store: {path} does not hold statistics; {_REMEDY}") from None
+
+
 class LatentStore:
     """Read access to one split; an id is a row of it. Cheap to pickle: shards are opened where they are read."""
 
@@ -74,17 +86,21 @@ class LatentStore:
 
     @classmethod
     def open(cls, path: str | Path) -> LatentStore:
-        """Open <store>/<split>, or the training split of <store>; UserError when it is missing or damaged."""
+        """Open <store>/<split>, or the training split of <store>; UserError when missing, unfinished or damaged."""
         folder = Path(path)
         if not (folder / "index.json").is_file() and (folder / "train" / "index.json").is_file():
             folder = folder / "train"
-        index = _read_json(folder / "index.json", "encode the tiles with `ray-pipeline encode`")
-        if index.get("version") != FORMAT_VERSION:
+        index = _read_json(folder / "index.json", _INDEX_KEYS)
+        if index["version"] != FORMAT_VERSION:
             raise UserError(
-                f"{folder / 'index.json'} has version {index.get('version')!r}, expected {FORMAT_VERSION}; "
-                "encode again with `ray-pipeline encode --overwrite`"
+                f"{folder / 'index.json'} has version {index['version']!r}, expected {FORMAT_VERSION}; {_REMEDY}"
             )
-        stats = parse_stats(_read_json(folder.parent / "stats.json", "encode again with `ray-pipeline encode`"))
+        stats = read_stats(folder.parent / "stats.json")
+        if index["fingerprint"] != stats.fingerprint:
+            raise UserError(
+                f"{folder} was encoded from other tiles or settings (fingerprint {index['fingerprint'][:12]}) than "
+                f"the stats.json beside it ({stats.fingerprint[:12]}); {_REMEDY}"
+            )
         return cls(folder, index, stats)
 
     def __reduce__(self):
@@ -144,8 +160,17 @@ class LatentStore:
         return out
 
     def verify(self) -> list[str]:
-        """Names of shards that are missing or whose bytes differ from the index."""
+        """Names of shards that are missing or whose bytes differ from the index; reads all of them."""
         return [s["file"] for s in self.index["shards"] if not shard_is_whole(self.folder / s["file"], s["sha256"])]
+
+    def missing(self) -> list[str]:
+        """Names of shards that are not there or too short for their rows; reads none of them."""
+        row_bytes = self._latent_bytes * self.variants * (1 + len(self.hint_names))
+        return [s["file"] for s in self.index["shards"] if _size(self.folder / s["file"]) < s["rows"] * row_bytes]
+
+    @property
+    def _latent_bytes(self) -> int:
+        return 2 * int(np.prod(self.shape))
 
     def _shard(self, number: int) -> pa.RecordBatch:
         if number in self._open:
@@ -153,20 +178,26 @@ class LatentStore:
             return self._open[number]
         path = self.folder / self.index["shards"][number]["file"]
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
-            batch = table.to_batches()[0]
-        except (OSError, pa.ArrowInvalid, IndexError) as error:
+            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"latent shard {path} is missing or damaged ({reason}); run `ray-pipeline encode`"
-            ) from error
+            raise UserError(f"latent shard {path} is missing or damaged ({reason}); {_REMEDY}") from error
         expected = self.index["shards"][number]["rows"]
         if batch.num_rows != expected:
-            raise UserError(f"latent shard {path} has {batch.num_rows} rows, expected {expected}; encode again")
+            raise UserError(f"latent shard {path} has {batch.num_rows} rows, expected {expected}; {_REMEDY}")
+        self._check_columns(path, batch.schema)
         self._open[number] = batch
         if len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)
         return batch
+
+    def _check_columns(self, path: Path, schema: pa.Schema) -> None:
+        kind = pa.binary(self._latent_bytes)
+        for name in ("latent", *(f"hint.{hint}" for hint in self.hint_names)):
+            for variant in range(self.variants):
+                position = schema.get_field_index(f"{name}@{variant}")
+                if position < 0 or schema.field(position).type != kind:
+                    raise UserError(f"latent shard {path} lacks column {name}@{variant} as {kind}; {_REMEDY}")
 
     def _column(self, batch: pa.RecordBatch, name: str) -> np.ndarray:
         column = batch.column(name)
@@ -183,28 +214,45 @@ def write_shard(path: Path, columns: dict[str, np.ndarray]) -> str:
         kind = pa.binary(values[0].nbytes)
         arrays.append(pa.FixedSizeBinaryArray.from_buffers(kind, len(values), [None, pa.py_buffer(values)]))
     batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    payload = sink.getvalue()
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(payload)
-    partial.replace(path)
-    return hashlib.sha256(payload).hexdigest()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            with pa.ipc.new_file(file, batch.schema) as writer:
+                writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = _sha256(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
 
 
 def shard_is_whole(path: Path, sha256: str) -> bool:
     """True when the file is there and has this hash."""
-    if not path.is_file():
-        return False
+    return path.is_file() and _sha256(path) == sha256
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path, remedy: str) -> dict:
+def _size(path: Path) -> int:
+    """Bytes of a file, -1 where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"latent store: {path} is missing; {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"latent store: {path} is not valid JSON; {remedy}") from None
+        return -1
+
+
+def _read_json(path: Path, keys: Sequence[str]) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"latent store: {path} is missing; encode the tiles with `ray-pipeline encode`") from None
+    except ValueError:  # of JSON and of UTF-8
+        raise UserError(f"latent store: {path} is not valid JSON; {_REMEDY}") from None
+    if not isinstance(values, dict) or not set(keys) <= values.keys():
+        raise UserError(f"latent store: {path} lacks some of the keys {', '.join(keys)}; {_REMEDY}")
+    return values

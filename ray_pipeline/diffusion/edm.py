@@ -67,7 +67,7 @@ class EDM:
         _, _, c_in, c_noise = self.preconditioning(sigma)
         x = x0 + _expand(sigma, x0) * noise
         output = network(_expand(c_in, x) * x, c_noise, **network_kwargs)
-        return (output.float() - self.target(x0, sigma, noise)).square().flatten(1).mean(dim=1)
+        return (output.to(x0.dtype) - self.target(x0, sigma, noise)).square().flatten(1).mean(dim=1)
 
     def sigma_from_normal(self, z: Tensor) -> Tensor:
         """Noise levels for training from standard normal numbers: ln sigma = P_mean + P_std z."""

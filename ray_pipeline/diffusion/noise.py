@@ -16,7 +16,7 @@ import numpy as np
 @dataclass(frozen=True)
 class Draws:
     """Random numbers of B samples: z (B,) standard normal for sigma, noise (B, ...) standard normal, keep (B,) uniform
-    in [0, 1), order (B, K) uniform in [0, 1); all float32."""
+    in [0, 1), order (B, K) uniform in [0, 1); all float32. All but `order` are the same for any K."""
 
     z: np.ndarray
     noise: np.ndarray
@@ -38,8 +38,8 @@ def draw(seed: int, phase: str, indices: Sequence[int], shape: Sequence[int], hi
         generator = sample_generator(key, int(index))
         draws.z[row] = generator.standard_normal(dtype=np.float32)
         draws.keep[row] = generator.random(dtype=np.float32)
-        draws.order[row] = generator.random(hints, dtype=np.float32)
         generator.standard_normal(dtype=np.float32, out=draws.noise[row])
+        draws.order[row] = generator.random(hints, dtype=np.float32)
     return draws
 
 
@@ -51,7 +51,7 @@ def variants(seed: int, phase: str, indices: Sequence[int], count: int) -> np.nd
 
 def stream_key(seed: int, phase: str) -> int:
     """128-bit Philox key of a phase."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, phase)).encode(), digest_size=16).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(repr((int(seed), phase)).encode(), digest_size=16).digest(), "little")
 
 
 def sample_generator(key: int, index: int) -> np.random.Generator:

@@ -155,14 +155,20 @@ def _from_pretrained(class_name: str, source: str, named: str, **kwargs) -> torc
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         network, info = getattr(diffusers, class_name).from_pretrained(
-            source, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **kwargs
+            source,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            ignore_mismatched_sizes=True,  # reported below, together with missing and unexpected keys
+            output_loading_info=True,
+            **kwargs,
         )
-    except Exception as error:  # safetensors, OS and shape errors, each with its own class
+    except Exception as error:  # safetensors and OS errors, each with its own class
         raise UserError(
             f"vae.pretrained={named} does not load as {class_name}: {' '.join(str(error).split())[:300]}; "
             "take a fresh copy of the folder"
         ) from error
-    wrong = info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]
+    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    wrong = mismatched or info["missing_keys"] or info["unexpected_keys"]
     if wrong:
         raise UserError(
             f"vae.pretrained={named}: the weights do not fit config.json (first key: {sorted(map(str, wrong))[0]}); "

@@ -163,6 +163,16 @@ class DiT(nn.Module):
     ):
         super().__init__()
         self.latent_size, self.latent_channels, self.patch_size = latent_size, latent_channels, patch_size
+        #: what decides how its weights compute, named as in the model section
+        self.shape = {
+            "depth": depth,
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "patch_size": patch_size,
+            "latent_size": latent_size,
+            "latent_channels": latent_channels,
+            "noise_embedding": noise_embedding,
+        }
         self.activation_checkpointing = activation_checkpointing
         self.x_embedder = PatchEmbed(latent_size, patch_size, latent_channels, hidden_size)
         self.t_embedder = NoiseEmbedder(hidden_size, noise_embedding)
@@ -202,13 +212,14 @@ class DiT(nn.Module):
         """Network output F for noisy latents x (B, C, H, W) at c_noise (B,), shaped like x.
 
         hints: (B, K, C, H, W) clean latents in any order, or a HintCache of them; hint_mask (B, K) bool, True =
-        present; hint_strength (B, K), 1 = as trained. hints=None is the unconditional network.
+        present (of a HintCache it masks further hints); hint_strength (B, K) above 0, 1 = as trained, towards 0 =
+        absent. hints=None is the unconditional network.
         """
         condition = self.t_embedder(c_noise.expand(x.shape[0]))
         tokens = self.x_embedder(x) + self.pos_embed
         cache, bias = None, None
         if hints is not None:
-            cache = hints if isinstance(hints, HintCache) else self.encode_hints(hints, hint_mask)
+            cache = hints.masked(hint_mask) if isinstance(hints, HintCache) else self.encode_hints(hints, hint_mask)
             bias = attention_bias(cache, tokens.shape[1], hint_strength, tokens.dtype)
             aligned = aligned_tokens(cache, hint_strength)
             if aligned is not None:
@@ -221,7 +232,9 @@ class DiT(nn.Module):
     def encode_hints(self, hints: Tensor, hint_mask: Tensor | None = None) -> HintCache:
         """Keys and values of hints (B, K, C, H, W) in every block; serves all noise levels of a sample."""
         batch, count = hints.shape[:2]
-        flat = hints.flatten(0, 1)
+        mask = present(hint_mask, batch, count, hints.device)
+        # a masked hint may hold anything, and a weight of 0 times inf or NaN is not 0
+        flat = hints.masked_fill(~mask[:, :, None, None, None], 0).flatten(0, 1)
         clean = torch.full((1,), CLEAN_C_NOISE, device=hints.device)
         condition = self.t_embedder(clean)
         tokens = self.x_embedder(flat) + self.pos_embed
@@ -235,7 +248,6 @@ class DiT(nn.Module):
         aligned = None
         if self.aligned_hint is not None:
             aligned = self.aligned_hint(flat).unflatten(0, (batch, count))
-        mask = present(hint_mask, batch, count, hints.device)
         return HintCache(keys=keys, values=values, aligned=aligned, mask=mask, tokens=length)
 
     def _run(self, function, *arguments):

@@ -11,7 +11,7 @@ together. It carries no label of the hint either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.layers import PatchEmbed
@@ -31,6 +31,10 @@ class HintCache:
     aligned: Tensor | None
     mask: Tensor
     tokens: int
+
+    def masked(self, mask: Tensor | None) -> HintCache:
+        """The same cache with only those hints present that `mask` (B, K) keeps as well; None keeps all."""
+        return self if mask is None else replace(self, mask=self.mask & present(mask, *self.mask.shape, mask.device))
 
 
 class AlignedHint(nn.Module):
@@ -68,13 +72,12 @@ def attention_bias(cache: HintCache, image_tokens: int, strength: Tensor | None,
 
 
 def aligned_tokens(cache: HintCache, strength: Tensor | None) -> Tensor | None:
-    """Mean over the present hints of their aligned tokens, each scaled by its strength; (B, T, hidden) or None."""
+    """Mean over the present hints of their aligned tokens, weighted by strength, times the largest strength;
+    (B, T, hidden) or None. So a hint whose strength goes to 0 fades out of the mean, as if it were absent."""
     if cache.aligned is None:
         return None
     weight = cache.mask.to(cache.aligned.dtype)
-    count = weight.sum(dim=1, keepdim=True).clamp(min=1)
     if strength is not None:
         weight = weight * strength.to(weight)
-    # where, not multiplication alone: a masked hint may hold anything, and 0 * inf is not 0
-    kept = torch.where(cache.mask[:, :, None, None], cache.aligned, torch.zeros_like(cache.aligned))
-    return torch.einsum("bk,bkth->bth", weight / count, kept)
+    total = weight.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    return torch.einsum("bk,bkth->bth", weight / total * weight.amax(dim=1, keepdim=True), cache.aligned)

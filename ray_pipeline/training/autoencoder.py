@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ray_pipeline.data.images import read_tile
 from ray_pipeline.data.manifest import Manifest, check_tiles, load_manifest
+from ray_pipeline.diffusion.noise import sample_generator, stream_key
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import Autoencoder
 from ray_pipeline.monitoring.progress import Progress
@@ -39,6 +40,9 @@ class AutoencoderTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("steps", "width", "batch_size", "crop"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a number above 0")
         if self.crop % 8:
             raise UserError(f"--crop {self.crop} is not a multiple of 8, the autoencoder's downscaling")
 
@@ -51,11 +55,11 @@ def train_autoencoder(sources: Sequence[Path], out: Path, settings: AutoencoderT
     """
     if out.exists():
         raise UserError(f"{out} exists already; give a new folder to --out")
-    manifests = [load_manifest(source, split="train") for source in sources]
-    for manifest, source in zip(manifests, sources, strict=True):
-        if not len(manifest):
-            raise UserError(f"{source} has no training tile; give a manifest with a train split")
+    manifests, validation = ([load_manifest(source, split=split) for source in sources] for split in ("train", "val"))
+    for manifest in manifests + validation:
         check_tiles(manifest)
+    for manifest in manifests:
+        _check_sizes(manifest, settings.crop)
     torch.manual_seed(settings.seed)
     network = build_tiny_autoencoder(settings.width, settings.blocks)
     network.to(memory_format=torch.channels_last)
@@ -63,7 +67,7 @@ def train_autoencoder(sources: Sequence[Path], out: Path, settings: AutoencoderT
     network.half().save_pretrained(_fresh(out))
     network.float().to(memory_format=torch.channels_last)
     autoencoder = Autoencoder(network, str(out))
-    psnr = {m.dataset: reconstruction_psnr(autoencoder, load_manifest(m.folder, split="val")) for m in manifests}
+    psnr = {manifest.dataset: reconstruction_psnr(autoencoder, manifest) for manifest in validation}
     record = {"settings": asdict(settings), "datasets": [m.dataset for m in manifests], "val_psnr": psnr}
     (out.with_name(out.name + ".partial") / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     os.replace(out.with_name(out.name + ".partial"), out)
@@ -136,7 +140,8 @@ def _batches(manifests: Sequence[Manifest], settings: AutoencoderTraining) -> It
 
 
 def _batch(manifests: Sequence[Manifest], settings: AutoencoderTraining, step: int) -> Tensor:
-    rng = np.random.Generator(np.random.Philox(key=settings.seed, counter=step))
+    # streams of neighbouring steps must not overlap: a bare counter=step starts four draws further on the same one
+    rng = sample_generator(stream_key(settings.seed, "autoencoder"), step)
     crops = [_crop(manifests[rng.integers(len(manifests))], settings.crop, rng) for _ in range(settings.batch_size)]
     batch = torch.from_numpy(np.stack(crops))[:, None]
     return batch.contiguous(memory_format=torch.channels_last)
@@ -155,6 +160,17 @@ def _crop(manifest: Manifest, size: int, rng: np.random.Generator) -> np.ndarray
     if rng.random() < 0.5:
         crop = (crop + 1) * np.float32(rng.uniform(0.3, 1.0)) - 1
     return np.ascontiguousarray(crop, dtype=np.float32)
+
+
+def _check_sizes(manifest: Manifest, crop: int) -> None:
+    """UserError when the manifest says that a tile is smaller than a crop: better now than in the last minute."""
+    for column in manifest.table.columns.intersection(["height", "width"]):
+        small = manifest.table["image"][manifest.table[column] < crop]
+        if len(small):
+            raise UserError(
+                f"{manifest.folder}: {len(small)} tiles have a {column} below {crop} px (first: {small.iat[0]}), "
+                f"the size of a training crop; give a smaller --crop or larger tiles"
+            )
 
 
 def _fresh(out: Path) -> Path:

@@ -47,8 +47,7 @@ class EMA:
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over averages by parameter name; KeyError for a missing one."""
-        for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(tensors[name])
+        torch._foreach_copy_(self.averages, [tensors[name] for name in self.names])
 
     def _exchange(self) -> None:
         for index, parameter in enumerate(self._parameters):

@@ -15,7 +15,7 @@ import ray.train
 import ray.train.torch
 
 from ray_pipeline.config import Config
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import UserError, find_user_error
 from ray_pipeline.monitoring.events import metrics_path
 from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.training.phase import job_values, train_phase
@@ -32,11 +32,15 @@ _DATA_CPUS = 2
 @contextmanager
 def ray_session(config: Config, *, verbose: bool = False) -> Iterator[None]:
     """Ray for the length of the block: the one that runs already, a cluster, or a local one that ends with it."""
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     settings = config.ray
     address = settings.address
     if address == "auto":
@@ -61,9 +65,6 @@ def ray_session(config: Config, *, verbose: bool = False) -> Iterator[None]:
             f"ray.address={settings.address}: Ray does not start or answer ({' '.join(str(error).split())[:300]}); "
             "check the address, or use ray.address=local"
         ) from error
-    if not verbose:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        logging.getLogger("ray.train").setLevel(logging.ERROR)
     try:
         yield
     finally:
@@ -123,23 +124,7 @@ def run_phase(config: Config, job: PhaseJob) -> None:
         try:
             trainer.fit()
         except Exception as error:  # Ray wraps what a worker raised in classes of its own
-            raise _plain_error(error) from error
-
-
-def _plain_error(error: BaseException) -> Exception:
-    """The first UserError among the causes, or a RuntimeError with what Ray says."""
-    pending: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while pending:
-        found = pending.pop(0)
-        if found is None or id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, UserError):
-            return UserError(str(found))
-        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]
-        pending += list(getattr(found, "worker_failures", {}).values())
-    return RuntimeError(f"training stopped: {error}")
+            raise find_user_error(error) or RuntimeError(f"training stopped: {error}") from error
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def finish_step(run: PhaseRun, records: PhaseRecords | None) -> None:
     if kept or best or last:
         records.save("epoch" if kept else "best" if best else "last", epoch=(kept or list(ended))[-1])
     if kept:
-        draw_progress(run, records.progress.baseline_val_loss, ended[-1])
+        draw_progress(run, records.progress.baseline_val_loss, keep=True)
 
 
 def measure_untrained(run: PhaseRun, records: PhaseRecords | None) -> None:

@@ -14,6 +14,7 @@ from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.diffusion.samplers import sample_euler
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.monitoring.events import EventLog, SampleEvent, read_events
+from ray_pipeline.monitoring.phase_state import replace_file
 from ray_pipeline.monitoring.plots import plot_progress, sample_grid
 from ray_pipeline.training.setup import PhaseRun, run_folder, spread
 from ray_pipeline.training.step import stack_hints
@@ -75,24 +76,25 @@ def draw_samples(run: PhaseRun, records: EventLog, epoch: int) -> Path:
     return path
 
 
-def draw_progress(run: PhaseRun, baseline: float | None, epoch: int | None = None) -> None:
-    """Write latest_progress.png from the records so far; at the end of an epoch that is kept, a copy by step too."""
+def draw_progress(run: PhaseRun, baseline: float | None, keep: bool = False) -> None:
+    """Write latest_progress.png from the records so far; with `keep`, a copy named after the step too."""
     monitoring = run.config.monitoring
     if not (monitoring.plot_loss or monitoring.plot_lr):
         return
     records = read_events(run.job.run_dir, phase=run.phase.name)
     folder = run_folder(run.job, "plots", run.phase.name)
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["latest_progress.png"] + ([f"training_progress_step_{run.state.step:08d}.png"] if epoch else [])
-    for name in names:
-        plot_progress(
-            records,
-            folder / name,
-            title=run.phase.name,
-            baseline=baseline,
-            plot_loss=monitoring.plot_loss,
-            plot_lr=monitoring.plot_lr,
-        )
+    latest = folder / "latest_progress.png"
+    plot_progress(
+        records,
+        latest,
+        title=run.phase.name,
+        baseline=baseline,
+        plot_loss=monitoring.plot_loss,
+        plot_lr=monitoring.plot_lr,
+    )
+    if keep:
+        replace_file(folder / f"training_progress_step_{run.state.step:08d}.png", latest.read_bytes())
 
 
 @torch.no_grad()

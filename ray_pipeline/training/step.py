@@ -161,5 +161,7 @@ def prepared(run: PhaseRun, steps: Iterator[tuple[int, dict[str, np.ndarray]]]) 
     for step, batch in steps:
         batches = micro_batches(run, batch)
         if run.device.type == "cuda":
-            batches = [MicroBatch(**{k: v and v.pin_memory() for k, v in vars(b).items()}) for b in batches]
+            batches = [
+                MicroBatch(**{k: None if v is None else v.pin_memory() for k, v in vars(b).items()}) for b in batches
+            ]
         yield step, batches

@@ -1,0 +1,215 @@
+"""What `train --dry-run` promises, against what a network, a checkpoint and a training step really take."""
+
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ray_pipeline import estimate
+from ray_pipeline.checkpoints import CheckpointStore
+from ray_pipeline.config import parse_config
+from ray_pipeline.data.encode import EncodeJob
+from ray_pipeline.data.hints import HintSettings
+from ray_pipeline.errors import UserError
+from ray_pipeline.training.ema import EMA
+from ray_pipeline.training.setup import make_network, make_optimizer
+from ray_pipeline.training.state import TrainState
+
+HINTS = ("denoising", "canny")
+SMALL = {"architecture": "custom", "depth": 3, "hidden_size": 64, "num_heads": 4, "patch_size": 2, "latent_size": 16}
+
+
+def make_config(model=SMALL, ema=True, batch=4, precision="fp32", **phase):
+    phases = [{"name": "one", "epochs": 4}, {"name": "two", "epochs": 4, "condition_types": HINTS}]
+    return parse_config(
+        {
+            "model": model,
+            "data": {"tile_size": 8 * model["latent_size"]},
+            "ema": {"enabled": ema},
+            "train": {"batch_size": batch, "global_batch": 6, "precision": precision},
+            "phases": [entry | phase for entry in phases],
+        }
+    )
+
+
+def one_pass(config, phase):
+    """Forward and backward pass of one micro-step, as training does it; returns the network's parameters."""
+    network, batch, side = make_network(config, bool(phase.condition_types)), config.train.batch_size, 16
+    x, c_noise = torch.randn(batch, 4, side, side), torch.zeros(batch)
+    hints = mask = None
+    if phase.condition_types:
+        hints = torch.randn(batch, len(phase.condition_types), 4, side, side)
+        mask = torch.ones(hints.shape[:2], dtype=torch.bool)
+    network(x, c_noise, hints, mask).square().mean().backward()
+
+
+@pytest.mark.parametrize("phase", [0, 1], ids=["unconditional", "two hints"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_flops_of_a_sample_are_those_torch_counts(phase, depth):
+    config = make_config({**SMALL, "depth": depth})
+    phase = config.phases[phase]
+    # the plain kernel: a flash kernel computes the scores again in its backward pass, which is no model's work
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        one_pass(config, phase)
+    counted = counter.get_total_flops() / config.train.batch_size
+    assert estimate.sample_flops(config, phase) == pytest.approx(counted, rel=0.03)
+
+
+def test_xl_8_takes_175_gflop_a_sample():
+    """29.1 GMAC forward (measured on the reference), two operations each, three passes."""
+    config = make_config({"architecture": "DiT-XL/8", "latent_size": 64})
+    assert estimate.sample_flops(config, config.phases[0]) == pytest.approx(6 * 29.1e9, rel=0.03)
+
+
+def test_parameters_are_the_network_s():
+    config = make_config()
+    for phase, hint_control in zip(config.phases, (False, True), strict=True):
+        network = make_network(config, hint_control)
+        trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        assert estimate.estimate_phase(config, phase, 10).parameters == trainable
+
+
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("phase", [0, 1])
+def test_checkpoint_bytes_are_those_really_saved(tmp_path, ema, phase):
+    config = make_config({**SMALL, "hidden_size": 128}, ema=ema)
+    network = make_network(config, bool(config.phases[phase].condition_types))
+    optimizer = make_optimizer(config, network)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    state = TrainState(network, optimizer, EMA(network, 0.99) if ema else None, step=1)
+    store = CheckpointStore(tmp_path)
+    name = store.save("one", state.groups(), {"step": 1})
+    saved = sum(path.stat().st_size for path in (tmp_path / name).iterdir())
+    expected = estimate.estimate_phase(config, config.phases[phase], 10).checkpoint_bytes
+    assert expected == pytest.approx(saved, rel=0.01)
+
+
+def test_steps_and_samples_cover_every_epoch():
+    config = make_config()
+    found = estimate.estimate_phase(config, config.phases[0], 10)
+    assert found.samples == 40  # 10 tiles, 4 epochs
+    assert found.steps == 7  # of 6 samples each
+    assert found.flops == pytest.approx(40 * estimate.sample_flops(config, config.phases[0]))
+
+
+@pytest.mark.parametrize(
+    ("phase", "kept"),
+    [
+        # epochs 1 to 3, the best and the last, and then the one of epoch 4, before the last goes
+        ({}, 6),
+        # epochs 1 and 2, the best (3), the last (4), and a safety save before that one goes
+        ({"epochs_to_save": (1, 2), "epochs": 5}, 5),
+        ({"epochs_to_save": ()}, 3),
+    ],
+)
+def test_checkpoints_at_once_count_the_new_one_before_the_old_one_goes(phase, kept):
+    config = make_config(**phase)
+    assert estimate.estimate_phase(config, config.phases[0], 10).checkpoints == kept
+
+
+def held_for_backward(config, phase):
+    """Bytes that the forward pass keeps for the backward pass, parameters aside."""
+    network = make_network(config, bool(phase.condition_types))
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept, sizes = [], {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept.append(tensor)  # else its memory, and so its address, would be used again
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = config.train.batch_size
+    x, conditions = torch.randn(batch, 4, 16, 16), ()
+    if phase.condition_types:
+        count = len(phase.condition_types)
+        conditions = (torch.randn(batch, count, 4, 16, 16), torch.ones(batch, count, dtype=torch.bool))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        network(x, torch.zeros(batch), *conditions)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("phase", [0, 1], ids=["unconditional", "two hints"])
+def test_memory_is_weights_gradients_moments_average_and_what_backward_needs(precision, phase):
+    config = make_config({**SMALL, "hidden_size": 128, "depth": 6}, batch=8, precision=precision)
+    phase = config.phases[phase]
+    parameters = estimate.estimate_phase(config, phase, 10).parameters
+    activations = estimate.worker_memory(config, phase) - 5 * 4 * parameters
+    assert activations == pytest.approx(held_for_backward(config, phase), rel=0.15)
+
+
+def test_latents_bytes_hold_every_tile_variant_and_hint():
+    job = EncodeJob(
+        root="data",
+        store="store",
+        tile_size=512,
+        hints=HINTS,
+        hint_settings=HintSettings(),
+        variants=2,
+        shard_rows=4,
+        autoencoder="embedded",
+        precision="fp32",
+        latent_channels=4,
+        batch_size=1,
+    )
+    needed = 100 * 2 * 3 * 4 * 64 * 64 * 2  # tiles, variants, images, channels, side, side, bytes
+    assert needed <= estimate.latents_bytes(job, 100) <= 1.1 * needed
+
+
+def test_output_has_room_for_every_kept_checkpoint():
+    config = make_config()
+    phases = [estimate.estimate_phase(config, phase, 10) for phase in config.phases]
+    needed = sum(phase.checkpoint_bytes * phase.checkpoints for phase in phases)
+    assert needed < estimate.output_bytes(phases) < 1.2 * needed + 2**27
+
+
+def test_a_full_disk_is_named_with_what_is_free_and_needed(tmp_path):
+    folder = tmp_path / "not" / "there" / "yet"
+    estimate.check_disk(folder, 1024, "output_dir")
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(UserError, match=rf"output_dir={folder} has .* free, but .* are needed; .*--set output_dir="):
+        estimate.check_disk(folder, 2 * free, "output_dir")
+    assert not (tmp_path / "not").exists()
+
+
+def test_disk_of_the_folder_itself_is_asked(tmp_path, monkeypatch):
+    usage, asked = namedtuple("usage", "total used free"), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(10, 0, 10))
+    (tmp_path / "mounted").mkdir()
+    with pytest.raises(UserError, match=r"data\.latents=.*10 B free, but 11 B are needed"):
+        estimate.check_disk(tmp_path / "mounted" / "store", 11, "data.latents")
+    assert asked == [tmp_path / "mounted"]
+
+
+def test_a_folder_below_a_file_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    estimate.check_writable(tmp_path / "new" / "run", "output_dir")
+    with pytest.raises(UserError, match=r"output_dir=.*run cannot be written \(.*file is no writable folder\)"):
+        estimate.check_writable(tmp_path / "file" / "run", "output_dir")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write and look everywhere")
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_a_folder_without_permission_cannot_be_written(tmp_path, mode):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(mode)
+    try:
+        with pytest.raises(UserError, match="is no writable folder"):
+            estimate.check_writable(locked / "below" / "run", "output_dir")
+    finally:
+        locked.chmod(0o700)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_measured_matrix_rate_is_that_of_a_real_processor(kind):
+    assert 1e8 < estimate.matmul_rate(torch.device("cpu"), kind) < 1e14
