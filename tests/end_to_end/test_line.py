@@ -147,7 +147,8 @@ def test_two_workers_train_on_the_same_samples_to_the_same_weights_but_rounding(
 ):
     out = tmp_path / "run"
     only_phase_one = "[{name: phase1_unconditional, epochs: 4}]"
-    assert train(tiny_data, tiny_autoencoder, out, phases=only_phase_one, ray__num_workers=2) == 0
+    store = tmp_path / "latents"  # one without hints
+    assert train(tiny_data, tiny_autoencoder, out, phases=only_phase_one, ray__num_workers=2, data__latents=store) == 0
     one, two = (read_events(run, "phase1_unconditional", "step") for run in (finished, out))
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-3)
 

@@ -41,9 +41,10 @@ def simulated(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real():
-    """Six clean fields of real cells (6, 512, 512), two of each of the three channels."""
-    paths = sorted(W2S.glob("*.tif"))[:6]
-    assert len(paths) == 6
+    """All clean fields of real cells (20, 512, 512). All: between fields the PSNR has a standard deviation of 3.6 dB,
+    so that a mean over a few of them says which were picked."""
+    paths = sorted(W2S.glob("*.tif"))
+    assert len(paths) == 20
     pixels = np.stack([read_image(path).pixels[0] for path in paths])
     assert pixels.dtype == np.uint8
     return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
@@ -96,7 +97,8 @@ def test_fp16_weights_are_finite_and_latents_stay_in_range(embedded, simulated):
 
 @needs_shared
 def test_latents_move_no_more_under_a_one_pixel_shift_than_taesdxl_s(embedded, taesdxl, real):
-    assert shift_change(embedded, real) <= 1.2 * shift_change(taesdxl, real)
+    parts = real[:6, 128:384, 128:384]
+    assert shift_change(embedded, parts) <= 1.2 * shift_change(taesdxl, parts)
 
 
 @needs_shared
