@@ -15,13 +15,20 @@ def ray_cluster():
     """A local Ray with six logical CPUs, for all tests of the session; yields its resources."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=6,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    for attempt in range(3):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=6,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            break
+        except Exception:  # Ray waits 30 s for its own processes, which a busy machine may need longer to start
+            ray.shutdown()
+            if attempt == 2:
+                raise
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     yield ray.cluster_resources()

@@ -12,10 +12,11 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import ray
+import ray.data
 import torch
 
 from ray_pipeline.data.hints import dihedral, make_hint
@@ -85,12 +86,13 @@ def encode(
     store.mkdir(parents=True, exist_ok=True)
     # the mark of a finished store: from the first new shard on, this is none
     (store / "stats.json").unlink(missing_ok=True)
-    sums: list[tuple[int, np.ndarray, np.ndarray]] = []
-    for split in SPLITS:
-        (store / split).mkdir(exist_ok=True)
-        shards = sorted(_encode_split(job, listing, split, expected, actors, gpus_per_actor, progress), key=_number)
-        if split == "train":
-            sums = [(s["count"], np.array(s["sum"]), np.array(s["square"])) for s in shards]
+    records: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    with closing(_shard_records(job, listing, expected, actors, gpus_per_actor)) as stored:
+        for split, record in stored:
+            records[split].append(record)
+            progress(record["rows"])
+    for split, shards in records.items():
+        shards.sort(key=_number)  # sums of floats depend on their order, too
         index = {
             "version": FORMAT_VERSION,
             "fingerprint": expected,
@@ -102,7 +104,7 @@ def encode(
         }
         _write_json(store / split / "index.json", index)
         _remove_strays(store / split, shards)
-    stats = _statistics(sums, expected, len(listing.rows["train"]))
+    stats = _statistics(records["train"], expected)
     _write_json(store / "stats.json", stats.as_json())
     return stats
 
@@ -132,7 +134,11 @@ class ShardEncoder:
         self.readers = ThreadPoolExecutor(2)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"record": np.array([self._answer(json.loads(str(text))) for text in batch["shard"]], dtype=object)}
+        shards = [json.loads(str(text)) for text in batch["shard"]]
+        return {
+            "path": np.array([shard["path"] for shard in shards], dtype=object),
+            "record": np.array([self._answer(shard) for shard in shards], dtype=object),
+        }
 
     def _answer(self, shard: dict) -> str:
         """The shard's record, or what is wrong with its tiles: Ray keeps no cause of an error that a task raises."""
@@ -211,22 +217,25 @@ class ShardEncoder:
         return tile
 
 
-def _encode_split(
-    job: EncodeJob, listing: Listing, split: str, expected: str, actors: int, gpus: float, progress
-) -> Iterator[dict]:
-    """Records of a split's shards, those already stored first."""
+def _shard_records(
+    job: EncodeJob, listing: Listing, expected: str, actors: int, gpus: float
+) -> Iterator[tuple[str, dict]]:
+    """Split and record of every shard, those already stored first; one pool of actors encodes all splits."""
     todo = []
-    for start in range(0, len(listing.rows[split]), job.shard_rows):
-        path = (Path(job.store) / split / f"shard-{start // job.shard_rows:05d}.arrow").absolute()
-        rows = listing.rows[split][start : start + job.shard_rows]
-        record = _stored_record(path, expected)
-        if record:
-            progress(len(rows))
-            yield record
-        else:
-            todo.append(json.dumps({"path": str(path), "rows": [dataclasses.asdict(row) for row in rows]}))
+    for split in SPLITS:
+        folder = Path(job.store, split).absolute()
+        folder.mkdir(exist_ok=True)
+        for start in range(0, len(listing.rows[split]), job.shard_rows):
+            path = folder / f"shard-{start // job.shard_rows:05d}.arrow"
+            rows = listing.rows[split][start : start + job.shard_rows]
+            record = _stored_record(path, expected)
+            if record:
+                yield split, record
+            else:
+                todo.append(json.dumps({"path": str(path), "rows": [dataclasses.asdict(row) for row in rows]}))
     if not todo:
         return
+    ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items([{"shard": text} for text in todo], override_num_blocks=len(todo))
     encoded = dataset.map_batches(
         ShardEncoder,
@@ -240,8 +249,7 @@ def _encode_split(
         record = json.loads(row["record"])
         if "wrong" in record:
             raise UserError(record["wrong"])
-        progress(record["rows"])
-        yield record
+        yield Path(row["path"]).parent.name, record
 
 
 def _stored_record(path: Path, expected: str) -> dict | None:
@@ -253,10 +261,10 @@ def _stored_record(path: Path, expected: str) -> dict | None:
     return record if same else None
 
 
-def _statistics(sums: list[tuple[int, np.ndarray, np.ndarray]], expected: str, tiles: int) -> LatentStats:
-    count = sum(entry[0] for entry in sums)
-    mean = np.sum([entry[1] for entry in sums], axis=0) / count
-    variance = np.sum([entry[2] for entry in sums], axis=0) / count - mean**2
+def _statistics(shards: Sequence[dict], expected: str) -> LatentStats:
+    tiles, count = (sum(shard[key] for shard in shards) for key in ("rows", "count"))
+    mean = np.sum([shard["sum"] for shard in shards], axis=0) / count
+    variance = np.sum([shard["square"] for shard in shards], axis=0) / count - mean**2
     std = np.sqrt(np.maximum(variance, 0))
     if (std < 1e-6).any():
         dead = np.flatnonzero(std < 1e-6).tolist()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
+import ray.data
 
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.plan import SamplePlan
@@ -58,16 +59,16 @@ def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterato
     """
     if first_step >= last_step:
         return
-    blocks = _blocks(settings, first_step, last_step)
-    rows = _rebatch(blocks, settings, first_step, last_step)
-    yield from rows
+    # closed with the stream: its actors would go on reading
+    with closing(_blocks(settings, first_step, last_step)) as blocks:
+        yield from _rebatch(blocks, settings, first_step, last_step)
 
 
 def _blocks(settings: StreamSettings, first_step: int, last_step: int) -> Iterator[dict[str, np.ndarray]]:
     row_bytes = 2 * int(np.prod(settings.store.shape)) * (1 + len(settings.hints))
     step_bytes = row_bytes * -(-settings.plan.global_batch // settings.world_size)
-    steps_per_block = max(1, _BLOCK_BYTES // step_bytes)
     steps = last_step - first_step
+    steps_per_block = max(1, min(_BLOCK_BYTES // step_bytes, steps // settings.workers))
     context = ray.data.DataContext.get_current()
     context.use_datasource_v2 = False  # its first batch takes 4 to 8 s, this one's 0.3 s
     context.execution_options.preserve_order = True
@@ -96,11 +97,10 @@ class _Shifted:
 
 
 def _rebatch(
-    blocks: Iterable[dict[str, np.ndarray]], settings: StreamSettings, first_step: int, last_step: int
+    blocks: Iterator[dict[str, np.ndarray]], settings: StreamSettings, first_step: int, last_step: int
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Cut blocks of any size at the borders of steps and check them against the plan."""
     held: list[dict[str, np.ndarray]] = []
-    blocks = iter(blocks)
     for step in range(first_step, last_step):
         planned = settings.plan.positions(step, settings.rank, settings.world_size)
         while sum(len(block["index"]) for block in held) < len(planned):
@@ -142,6 +142,9 @@ def read_ahead(items: Iterable[Any], depth: int = 2) -> Iterator[Any]:
             put(("end", None))
         except BaseException as error:
             put(("error", error))
+        finally:
+            if isinstance(items, Generator):
+                items.close()
 
     thread = threading.Thread(target=produce, daemon=True, name="read-ahead")
     thread.start()

@@ -64,13 +64,16 @@ def train_autoencoder(sources: Sequence[Path], out: Path, settings: AutoencoderT
     network = build_tiny_autoencoder(settings.width, settings.blocks)
     network.to(memory_format=torch.channels_last)
     _fit(network, manifests, settings)
-    network.half().save_pretrained(_fresh(out))
+    partial = _fresh(out)
+    network.half().save_pretrained(partial)
+    for path in partial.iterdir():
+        path.chmod(0o644)  # safetensors writes for its owner alone
     network.float().to(memory_format=torch.channels_last)
     autoencoder = Autoencoder(network, str(out))
     psnr = {manifest.dataset: reconstruction_psnr(autoencoder, manifest) for manifest in validation}
     record = {"settings": asdict(settings), "datasets": [m.dataset for m in manifests], "val_psnr": psnr}
-    (out.with_name(out.name + ".partial") / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(out.with_name(out.name + ".partial"), out)
+    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(partial, out)
     return psnr
 
 

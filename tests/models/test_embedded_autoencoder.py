@@ -97,7 +97,7 @@ def test_fp16_weights_are_finite_and_latents_stay_in_range(embedded, simulated):
 
 @needs_shared
 def test_latents_move_no_more_under_a_one_pixel_shift_than_taesdxl_s(embedded, taesdxl, real):
-    parts = real[:6, 128:384, 128:384]
+    parts = real[:3, 128:384, 128:384]  # one of each channel
     assert shift_change(embedded, parts) <= 1.2 * shift_change(taesdxl, parts)
 
 

@@ -310,7 +310,7 @@ def test_progress_counts_every_image_in_both_readings(source, tmp_path):
 @pytest.mark.parametrize("name", ["neubias_training", "haesleinhuepf_notebooks"])
 def test_real_collections_need_no_special_case(tmp_path, name):
     if not (REAL_IMAGES / name).is_dir():
-        pytest.skip(f"real images are not at {REAL_IMAGES / name}")
+        pytest.skip(f"no shared real images at {REAL_IMAGES / name}")
     done = prepare_folder(REAL_IMAGES / name, tmp_path / "out", tile_size=512, max_rejected=7)
     assert sum(done.images.values()) + len(done.rejected) == done.listed
     assert all("smaller than a tile" in reason for _, reason in done.rejected)
