@@ -21,9 +21,15 @@ from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.training.phase import job_values, train_phase
 from ray_pipeline.training.setup import PhaseJob
 
-#: environment of a training process. Freed blocks stay with the process: a step allocates the same gigabytes of
-#: activations and gradients again, and fresh pages cost as much as the arithmetic on them (glibc's mallopt(3))
-WORKER_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+#: environment of a training process on CPU. Freed blocks stay with the process (glibc's mallopt(3)) and are backed by
+#: huge pages: a step allocates the same gigabytes of activations and gradients again, and fresh small pages cost as
+#: much as the arithmetic on them
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**26),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 #: logical CPUs for data tasks and actors, beside those that Train's workers take
 _DATA_CPUS = 2
@@ -115,6 +121,7 @@ def run_phase(config: Config, job: PhaseJob) -> None:
         run_config=ray.train.RunConfig(
             name=f"{phase.name}_attempt{job.attempt}",
             storage_path=str(Path(job.run_dir, "logs", "ray")),
+            worker_runtime_env={} if uses_gpu(config) else {"env_vars": WORKER_ENVIRONMENT},
             failure_config=ray.train.FailureConfig(
                 max_failures=settings.max_failures, controller_failure_limit=settings.max_failures
             ),

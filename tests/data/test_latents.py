@@ -207,6 +207,14 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.arrow", "shard-00000.arrow"]
 
 
+def test_a_reader_keeps_its_rows_while_a_shard_is_replaced(store):
+    opened, values = store
+    opened.gather([7])
+    columns = {name: np.zeros_like(column[6:13]) for name, column in values.items()}
+    write_shard(opened.folder / "shard-00002.arrow", columns)
+    np.testing.assert_array_equal(opened.gather([7])["latent"], values["latent@0"][[7]])
+
+
 def test_the_training_split_is_what_a_store_opens_as(tmp_path):
     write_store(tmp_path, np.random.default_rng(0))
     assert LatentStore.open(tmp_path).folder == LatentStore.open(tmp_path / "train").folder == tmp_path / "train"
