@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import ray
 import ray.train
 import ray.train.torch
 
-from ray_pipeline.config import Config
+from ray_pipeline.config import Config, RayConfig
 from ray_pipeline.errors import UserError, find_user_error
 from ray_pipeline.monitoring.events import metrics_path
 from ray_pipeline.monitoring.progress import Progress
@@ -53,19 +55,8 @@ def ray_session(config: Config, *, verbose: bool = False) -> Iterator[None]:
         address = "auto" if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID") else "local"
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     try:
-        if address == "local":
-            # more logical CPUs than cores: workers that fill the machine would leave none for the data stream
-            workers = int(settings.num_workers * settings.cpus_per_worker + 0.999)
-            cpus = max(os.cpu_count() or 1, workers) + _DATA_CPUS
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=settings.dashboard,
-                dashboard_host="127.0.0.1",
-                **options,
-            )
-        else:
-            ray.init(address=address, **options)
+        with nullcontext() if verbose else _silent_stderr():
+            _start_ray(settings, address, options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"ray.address={settings.address}: Ray does not start or answer ({' '.join(str(error).split())[:300]}); "
@@ -75,6 +66,35 @@ def ray_session(config: Config, *, verbose: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(settings: RayConfig, address: str, options: dict) -> None:
+    if address != "local":
+        ray.init(address=address, **options)
+        return
+    # more logical CPUs than cores: workers that fill the machine would leave none for the data stream
+    workers = math.ceil(settings.num_workers * settings.cpus_per_worker)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, workers) + _DATA_CPUS,
+        include_dashboard=settings.dashboard,
+        dashboard_host="127.0.0.1",
+        **options,
+    )
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Nothing reaches file descriptor 2 within: Ray's core announces there that it was told to be quiet."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def uses_gpu(config: Config) -> bool:

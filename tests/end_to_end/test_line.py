@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import psutil
 import pytest
@@ -156,10 +156,11 @@ def test_two_workers_train_on_the_same_samples_to_the_same_weights_but_rounding(
 def test_a_worker_killed_in_mid_phase_goes_on_to_equal_bits(finished, tiny_data, tiny_autoencoder, tmp_path):
     out = tmp_path / "run"
     killed: list[int] = []
+    ended = Event()
 
     def kill_a_worker() -> None:
         """SIGKILL once the second epoch is committed and a step behind it is recorded."""
-        for _ in range(1200):
+        while not ended.is_set():
             steps = [record["step"] for record in read_events(out, "phase1_unconditional", "step")]
             names = CheckpointStore(out / "checkpoints").names()
             if len(names) >= 2 and steps and steps[-1] > 2:
@@ -173,6 +174,7 @@ def test_a_worker_killed_in_mid_phase_goes_on_to_equal_bits(finished, tiny_data,
     thread = Thread(target=kill_a_worker)
     thread.start()
     code = train(tiny_data, tiny_autoencoder, out, ray__max_failures=1)
+    ended.set()
     thread.join()
     assert code == 0
     assert killed, "no worker was found to kill"
