@@ -46,7 +46,7 @@ class Section(BaseModel):
 class SimulateConfig(Section):
     """The embedded sample data set; written to `data.root` when nothing is there yet."""
 
-    fields: Positive = 64
+    fields: Annotated[int, Field(ge=2)] = 64  # one for each split at least
     field_size: Positive = 512
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     seed: Annotated[int, Field(ge=0)] = 0
@@ -56,6 +56,7 @@ class DataConfig(Section):
     """Where the tiles are and how they become latents."""
 
     root: str = "data"
+    mode: Literal["latents"] = "latents"  # tiles are encoded once, before training
     tile_size: Positive = 512
     latents: str | None = None  # default: <root>/latents
     augment_variants: Annotated[int, Field(ge=1, le=8)] = 1
@@ -264,7 +265,7 @@ class RayConfig(Section):
 class Config(Section):
     """The whole job."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output_dir: str = "training_output"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -296,6 +297,12 @@ class Config(Section):
                 f"data.tile_size {self.data.tile_size} and model.latent_size {self.model.latent_size} do "
                 f"not fit: the autoencoder makes tiles 8 times smaller, so set model.latent_size="
                 f"{self.data.tile_size // 8}"
+            )
+        simulated = self.data.simulate
+        if simulated is not None and simulated.field_size % self.data.tile_size:
+            raise ValueError(
+                f"data.simulate.field_size {simulated.field_size} is not a multiple of data.tile_size "
+                f"{self.data.tile_size}; choose one that is"
             )
         if self.ray.num_workers > self.train.global_batch:
             raise ValueError(
@@ -380,7 +387,7 @@ def _describe(problem: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in problem["loc"]) or "config"
     if problem["type"] == "extra_forbidden":
         nearest = _nearest(str(problem["loc"][-1]), _keys_at(problem["loc"][:-1]))
-        return f"unknown key {path}; the nearest known key is {nearest}"
+        return f"unknown key {path}; the nearest known key is {'.'.join([*path.split('.')[:-1], nearest])}"
     if problem["type"] == "missing":
         return f"{path} is missing and has no default"
     message = _EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")

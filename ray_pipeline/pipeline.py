@@ -19,7 +19,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.progress import Progress
-from ray_pipeline.training.launch import ray_session, run_phase, uses_gpu
+from ray_pipeline.training.launch import check_resources, ray_session, run_phase, uses_gpu
 from ray_pipeline.training.setup import PhaseJob, checkpoint_folder
 
 #: sections that may differ between a run and its resume: where it runs and what it shows, not what it computes
@@ -43,7 +43,7 @@ class Prepared:
 def prepare_data(config: Config) -> None:
     """Write the embedded sample data set when the config asks for it and data.root holds no data set."""
     settings = config.data.simulate
-    if settings is None or dataset_folders(config.data.root):
+    if settings is None or _has_data(config):
         return
     progress = Progress(settings.fields, "simulate", unit="field")
     summary = simulate(
@@ -58,6 +58,11 @@ def prepare_data(config: Config) -> None:
         progress=lambda done, _: progress.update(done),
     )
     progress.close(f"{summary.tiles['train']} training and {summary.tiles['val']} validation tiles")
+
+
+def _has_data(config: Config) -> bool:
+    """Whether data.root holds a whole data set; manifest.csv is written last."""
+    return any((folder / "manifests" / "manifest.csv").is_file() for folder in dataset_folders(config.data.root))
 
 
 def encode_job(config: Config) -> encoding.EncodeJob:
@@ -99,7 +104,8 @@ def encode(config: Config, prepared: Prepared) -> None:
     if prepared.stored:
         return
     tiles = sum(prepared.tiles.values())
-    estimate.check_disk(prepared.job.store, estimate.latents_bytes(prepared.job, tiles), "data.latents")
+    need = estimate.latents_bytes(prepared.job, tiles) - _bytes_in(Path(prepared.job.store))
+    estimate.check_disk(prepared.job.store, need, "data.latents")
     gpu = uses_gpu(config)
     actors = config.vae.actors or (config.ray.num_workers if gpu else max(1, os.cpu_count() or 1))
     progress = Progress(tiles, "encode", unit="tile")
@@ -132,11 +138,13 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Pat
     _check_run_dir(config, run_dir, resume)
     prepare_data(config)
     prepared = look(config)
+    check_phases(config, prepared)
     estimates = [estimate.estimate_phase(config, phase, prepared.tiles["train"]) for phase in config.phases]
-    estimate.check_disk(run_dir, estimate.output_bytes(estimates), "output_dir")
+    estimate.check_disk(run_dir, estimate.output_bytes(estimates) - _bytes_in(run_dir), "output_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     phase_state.replace_file(run_dir / "config.yaml", config.to_yaml().encode())
     with ray_session(config, verbose=verbose):
+        check_resources(config)
         encode(config, prepared)
         for index, phase in enumerate(config.phases):
             state = phase_state.load(state_file)
@@ -155,6 +163,28 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Pat
             )
             run_phase(config, job)
     return run_dir
+
+
+def check_phases(config: Config, prepared: Prepared) -> None:
+    """UserError now for what a phase would find wrong hours later: its first checkpoint, its data sets."""
+    for index, phase in enumerate(config.phases):
+        if phase.init:
+            open_checkpoint(phase.init)
+        for split in ("train", "val"):
+            counts = {entry["name"]: entry["count"] for entry in prepared.listing.datasets[split]}
+            unknown = [name for name in phase.datasets if name not in counts]
+            if unknown:
+                raise UserError(
+                    f"phases.{index}.datasets names {unknown[0]!r}, but data.root={config.data.root} holds "
+                    f"{', '.join(counts)}; correct the name or prepare that data set"
+                )
+            if phase.datasets and not sum(counts[name] for name in phase.datasets):
+                raise UserError(f"phases.{index}.datasets: {', '.join(phase.datasets)} hold no tile in split {split}")
+
+
+def _bytes_in(folder: Path) -> int:
+    """What lies in a folder already, and so needs no further room."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
 def initial_weights(config: Config, index: int) -> str | None:
@@ -180,19 +210,25 @@ def dry_run(config: Config) -> str:
     """Steps, epochs, disk, memory and time of `train`, as text; writes nothing."""
     config = _absolute(config)
     estimate.check_writable(config.output_dir, "output_dir")
+    estimate.check_writable(encode_job(config).store, "data.latents")
     settings = config.data.simulate
-    if settings is not None and not dataset_folders(config.data.root):
+    if settings is not None and not _has_data(config):
+        load_autoencoder(config.vae.pretrained, latent_channels=config.model.latent_channels)
         per_field = (settings.field_size // config.data.tile_size) ** 2
         val = max(1, round(settings.fields * settings.val_fraction))
         tiles = {"train": (settings.fields - val) * per_field, "val": val * per_field, "test": 0}
         return estimate.report(config, encode_job(config), tiles, stored=False)
     prepared = look(config)
+    check_phases(config, prepared)
     return estimate.report(config, prepared.job, prepared.tiles, prepared.stored)
 
 
 def _absolute(config: Config) -> Config:
     """Paths made absolute: Ray's workers run in directories of their own."""
-    data = config.data.model_copy(update={"root": str(Path(config.data.root).absolute())})
+    latents = config.data.latents
+    data = config.data.model_copy(
+        update={"root": _path(config.data.root), "latents": None if latents is None else _path(latents)}
+    )
     phases = tuple(
         phase.model_copy(update={"init": str(Path(phase.init).absolute())})
         if phase.init and "://" not in phase.init
@@ -202,8 +238,14 @@ def _absolute(config: Config) -> Config:
     folder = Path(config.vae.pretrained).expanduser()
     vae = config.vae.model_copy(update={"pretrained": str(folder.absolute())}) if folder.is_dir() else config.vae
     return config.model_copy(
-        update={"data": data, "vae": vae, "phases": phases, "output_dir": str(Path(config.output_dir).absolute())}
+        update={"data": data, "vae": vae, "phases": phases, "output_dir": _path(config.output_dir)}
     )
+
+
+def _path(text: str) -> str:
+    if "://" in text:
+        raise UserError(f"{text} is a URI; this version reads and writes local or mounted folders, so give such a path")
+    return str(Path(text).expanduser().absolute())
 
 
 def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:

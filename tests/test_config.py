@@ -114,7 +114,8 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_known_one(path,
     for part in parents:
         node = node[int(part)] if part.isdecimal() else node[part]
     node[leaf] = 1
-    assert refusal(tree) == f"config: unknown key {path}; the nearest known key is {nearest}"
+    nearest_path = ".".join([*path.split(".")[:-1], nearest])
+    assert refusal(tree) == f"config: unknown key {path}; the nearest known key is {nearest_path}"
 
 
 def test_every_wrong_key_is_told_at_once(minimal):

@@ -134,8 +134,9 @@ def run_phase(config: Config, job: PhaseJob) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=uses_gpu(config),
-            resources_per_worker={"CPU": settings.cpus_per_worker, **settings.resources_per_worker}
-            | ({"GPU": 1} if uses_gpu(config) else {}),
+            resources_per_worker={"CPU": settings.cpus_per_worker}
+            | ({"GPU": 1} if uses_gpu(config) else {})
+            | settings.resources_per_worker,
             placement_strategy=settings.placement_strategy,
         ),
         run_config=ray.train.RunConfig(

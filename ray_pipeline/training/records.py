@@ -6,6 +6,7 @@ import math
 import time
 from pathlib import Path
 
+from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import CheckpointEvent, EventLog, PhaseEvent, ValidationEvent
 from ray_pipeline.training.pictures import draw_progress
@@ -39,8 +40,7 @@ class PhaseRecords:
         progress.status, progress.attempt = "running", run.job.attempt
         progress.steps, progress.epochs = run.total_steps, run.phase.epochs
         progress.checkpoints, progress.last = names, names[-1] if names else None
-        if progress.best is not None and progress.best.checkpoint not in names:
-            progress.best = None
+        progress.best = best_of(run.checkpoints, names)
         self.state.current_phase = run.phase.name
         word = "resumed" if run.state.step else "started"
         message = f"{word} at step {run.state.step} of {run.total_steps} on {run.world_size} worker(s)"
@@ -142,3 +142,13 @@ class PhaseRecords:
         progress.step, progress.position = run.state.step, run.state.step * run.plan.global_batch
         progress.epoch = self.epoch() if run.state.step else 0
         self.state.save(self.state_file)
+
+
+def best_of(store: CheckpointStore, names: list[str]) -> phase_state.BestCheckpoint | None:
+    """The best of committed epochs by their own records: a kill may come between a save and phase_state.json."""
+    states = {name: store.load(name).state for name in names}
+    scored = {name: state for name, state in states.items() if state["kind"] != "safety" and state["val_loss"]}
+    if not scored:
+        return None
+    name = min(scored, key=lambda name: (scored[name]["val_loss"], scored[name]["step"]))
+    return phase_state.BestCheckpoint(checkpoint=name, val_loss=scored[name]["val_loss"], epoch=scored[name]["epoch"])

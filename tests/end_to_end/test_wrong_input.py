@@ -51,6 +51,18 @@ def spoil_resources(data: Path, autoencoder: Path) -> list[str]:
     return ["ray.num_workers=500", "train.global_batch=512"]
 
 
+def spoil_later_checkpoint(data: Path, autoencoder: Path) -> list[str]:
+    return [f"phases.1.init={data / 'absent.ckpt'}"]
+
+
+def spoil_later_dataset(data: Path, autoencoder: Path) -> list[str]:
+    return ["phases.1.datasets=[absent]"]
+
+
+def spoil_uri(data: Path, autoencoder: Path) -> list[str]:
+    return ["output_dir=s3://bucket/run"]
+
+
 def spoil_output(data: Path, autoencoder: Path) -> list[str]:
     (data / "occupied").write_text("a file")
     return [f"output_dir={data / 'occupied' / 'run'}"]
@@ -59,7 +71,7 @@ def spoil_output(data: Path, autoencoder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (spoil_key, ["optimizer.learning_rate", "nearest known key is lr"]),
+        (spoil_key, ["optimizer.learning_rate", "nearest known key is optimizer.lr"]),
         (spoil_manifest, ["data.root", "prepare"]),
         (spoil_image_missing, ["missing", ".png"]),
         (spoil_image_unreadable, [".png"]),
@@ -67,6 +79,9 @@ def spoil_output(data: Path, autoencoder: Path) -> list[str]:
         (spoil_autoencoder_folder, ["vae.pretrained", "config.json"]),
         (spoil_autoencoder_weights, ["vae.pretrained", "fresh copy"]),
         (spoil_resources, ["ray.num_workers=500", "CPU"]),
+        (spoil_later_checkpoint, ["absent.ckpt"]),
+        (spoil_later_dataset, ["phases.1.datasets", "absent", "simulated"]),
+        (spoil_uri, ["s3://bucket/run", "local"]),
         (spoil_output, ["output_dir", "cannot be written"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -120,3 +135,30 @@ def test_a_tile_of_another_size_than_the_config_is_named(ray_cluster, tiny_data,
     error = capfd.readouterr().err
     assert "32x32" in error
     assert path.name in error
+
+
+def test_data_whose_simulation_was_cut_off_is_simulated_again(tmp_path):
+    from ray_pipeline.config import load_config
+    from ray_pipeline.pipeline import prepare_data
+
+    config = load_config(
+        ROOT / "configs/demo.yaml",
+        [f"data.root={tmp_path}", "data.simulate.fields=2", "data.simulate.field_size=256"],
+    )
+    (tmp_path / "foundation" / "simulated" / "manifests").mkdir(parents=True)
+    prepare_data(config)
+    assert (tmp_path / "foundation" / "simulated" / "manifests" / "manifest.csv").is_file()
+
+
+def test_a_best_checkpoint_that_phase_state_forgot_is_found_again(tmp_path):
+    import torch
+
+    from ray_pipeline.checkpoints import CheckpointStore
+    from ray_pipeline.training.records import best_of
+
+    store = CheckpointStore(tmp_path)
+    for epoch, loss, kind in ((1, 0.9, "epoch"), (2, 0.7, "best"), (3, 0.8, "last"), (4, 0.1, "safety")):
+        state = {"phase": "p", "step": epoch, "position": epoch, "epoch": epoch, "kind": kind, "val_loss": loss}
+        store.save(f"p_epoch_{epoch:03d}", {"model": {"w": torch.zeros(1)}}, state)
+    best = best_of(store, store.names("p"))
+    assert (best.checkpoint, best.val_loss, best.epoch) == ("p_epoch_002.ckpt", 0.7, 2)
