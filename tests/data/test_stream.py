@@ -69,8 +69,8 @@ def rows_of(batch: dict[str, np.ndarray]) -> np.ndarray:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Ray passes on blocks smaller than a step, so that every border of a block falls inside one."""
-    monkeypatch.setattr("ray_pipeline.data.stream._BLOCK_BYTES", 50)
+    """Ray passes on blocks of a few rows, so that their borders fall inside steps."""
+    monkeypatch.setattr("ray_pipeline.data.stream._BLOCK_BYTES", 250)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
