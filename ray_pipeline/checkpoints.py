@@ -18,7 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.monitoring.phase_state import replace_file
+from ray_pipeline.storage import replace_file
 
 SUFFIX = ".ckpt"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

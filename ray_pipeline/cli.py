@@ -224,11 +224,12 @@ def _train_vae(arguments) -> None:
 def _encode(arguments) -> None:
     from ray_pipeline import pipeline
     from ray_pipeline.data.encode import verify
+    from ray_pipeline.data.encode_job import encode_job
     from ray_pipeline.training.launch import ray_session
 
     config = _load(arguments)
     if arguments.verify:
-        store = pipeline.encode_job(config).store
+        store = encode_job(config).store
         print(f"{verify(store)} shards of {store} are whole")
         return
     pipeline.prepare_data(config)

@@ -15,12 +15,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.dit import ARCHITECTURES
+from ray_pipeline.models.architectures import ARCHITECTURES
 
 # what pydantic says in Python's words
 _EXPECTED = {"tuple_type": "Expected a list", "model_type": "Expected keys and values"}
 
 CONDITION_TYPES = ("super_resolution", "denoising", "canny", "depth")
+#: those whose hint may be a degraded partner on disk
+PAIRED_TYPES = ("super_resolution", "denoising")
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -56,7 +58,7 @@ class DataConfig(Section):
     """Where the tiles are and how they become latents."""
 
     root: str = "data"
-    mode: Literal["latents"] = "latents"  # tiles are encoded once, before training
+    mode: Literal["latents", "tiles"] = "latents"  # tiles are encoded once before training, or while it runs
     tile_size: Positive = 512
     latents: str | None = None  # default: <root>/latents
     augment_variants: Annotated[int, Field(ge=1, le=8)] = 1
@@ -122,6 +124,7 @@ class VaeConfig(Section):
     pretrained: str = "embedded"
     batch_size: Positive = 4  # images an actor encodes at once
     actors: Positive | None = None  # default: one a GPU worker, else one a CPU core
+    gpus_per_actor: PositiveFloat | None = None  # default: a GPU each to encode beforehand, none in data.mode tiles
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
@@ -215,6 +218,18 @@ class SweepConfig(Section):
         return enabled
 
 
+class DatasetChoice(Section):
+    """A data set that a phase draws from; in the YAML a bare name stands for {name: NAME}.
+
+    weight: its share of the samples is weight / sum of weights. degradations: hints from degraded partners where there
+    are some and simulated ones elsewhere (auto), from partners alone (real), or simulated alone.
+    """
+
+    name: str
+    weight: PositiveFloat | None = None
+    degradations: Literal["auto", "real", "simulated"] = "auto"
+
+
 class PhaseConfig(Section):
     """One training: unconditional without condition_types, hint-conditioned with them."""
 
@@ -223,16 +238,34 @@ class PhaseConfig(Section):
     epochs_to_save: tuple[Positive, ...] | None = None
     condition_types: tuple[Literal[CONDITION_TYPES], ...] = ()
     condition_dropout: Fraction = 0.1
-    datasets: tuple[str, ...] = ()  # default: every data set under data.root
+    datasets: tuple[DatasetChoice, ...] = ()  # default: every data set under data.root
     init: str | None = None  # a checkpoint folder; default: the best EMA weights of the phase before
     lr: PositiveFloat | None = None  # default: optimizer.lr
 
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
+        return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
+
     @model_validator(mode="after")
     def _check(self) -> PhaseConfig:
-        for field in ("condition_types", "datasets"):
-            values = getattr(self, field)
+        drawn = [
+            choice.name + f" ({choice.degradations})" * (choice.degradations != "auto") for choice in self.datasets
+        ]
+        for field, values in (("condition_types", self.condition_types), ("datasets", drawn)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{field} lists an entry twice: {', '.join(values)}")
+        unweighted = [choice.name for choice in self.datasets if choice.weight is None]
+        if unweighted and len(unweighted) < len(self.datasets):
+            raise ValueError(f"datasets: {unweighted[0]} has no weight but others have; give all of them one, or none")
+        chosen = [choice.name for choice in self.datasets if choice.degradations != "auto"]
+        if chosen and not set(self.condition_types) & set(PAIRED_TYPES):
+            raise ValueError(
+                f"datasets: degradations of {chosen[0]} has no effect, since condition_types holds neither "
+                f"{' nor '.join(PAIRED_TYPES)}; leave it out"
+            )
         beyond = [e for e in self.epochs_to_save or () if e > self.epochs]
         if beyond:
             warnings.warn(
@@ -316,6 +349,17 @@ class Config(Section):
         """Every condition type that some phase uses, in the order of CONDITION_TYPES."""
         used = {name for phase in self.phases for name in phase.condition_types}
         return tuple(name for name in CONDITION_TYPES if name in used)
+
+    @property
+    def simulated_names(self) -> tuple[str, ...]:
+        """Condition types that some phase wants made from the tile even where it has a degraded partner."""
+        used = {
+            name
+            for phase in self.phases
+            if any(choice.degradations == "simulated" for choice in phase.datasets)
+            for name in phase.condition_types
+        }
+        return tuple(name for name in PAIRED_TYPES if name in used)
 
     def dump(self) -> dict[str, Any]:
         """The resolved config as plain YAML/JSON values."""

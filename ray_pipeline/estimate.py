@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 from ray_pipeline.config import Config, PhaseConfig
-from ray_pipeline.data.encode import EncodeJob
+from ray_pipeline.data.encode_job import EncodeJob
+from ray_pipeline.data.plan import SamplePlan
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.dit import NoiseEmbedder
 from ray_pipeline.monitoring.progress import format_bytes, format_count, format_seconds
-from ray_pipeline.training.setup import make_network, make_plan, precision
+from ray_pipeline.storage import is_uri
+from ray_pipeline.training.setup import make_network, precision
 
 #: share of the measured matrix-multiply rate that a whole training step is assumed to reach
 ASSUMED_EFFICIENCY = 0.5
@@ -50,7 +52,7 @@ def estimate_phase(config: Config, phase: PhaseConfig, num_samples: int) -> Phas
     return PhaseEstimate(
         name=phase.name,
         parameters=parameters,
-        steps=make_plan(config, phase, num_samples).steps(phase.epochs),
+        steps=SamplePlan(num_samples, config.train.global_batch, config.seed).steps(phase.epochs),
         samples=num_samples * phase.epochs,
         flops=num_samples * phase.epochs * sample_flops(config, phase),
         checkpoint_bytes=_FLOAT * (copies * parameters + frozen),
@@ -111,6 +113,8 @@ def latents_bytes(job: EncodeJob, tiles: int) -> int:
 
 def check_disk(folder: str | Path, need: int, key: str) -> None:
     """UserError when the file system of `folder` (which need not exist yet) has less than `need` bytes free."""
+    if is_uri(str(folder)):  # object storage has no size
+        return
     place = _existing(folder)
     free = shutil.disk_usage(place).free
     if free < need:
@@ -121,7 +125,9 @@ def check_disk(folder: str | Path, need: int, key: str) -> None:
 
 
 def check_writable(folder: str | Path, key: str) -> None:
-    """UserError when nothing can be written below `folder`."""
+    """UserError when nothing can be written below `folder`; object storage answers when it is written to."""
+    if is_uri(str(folder)):
+        return
     place = _existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{key}={folder} cannot be written ({place} is no writable folder); choose another one")
@@ -149,9 +155,9 @@ def matmul_rate(device: torch.device, kind: str) -> float:
     return 2 * size**3 * count / (time.perf_counter() - started)
 
 
-def report(config: Config, job: EncodeJob, tiles: dict[str, int], stored: bool) -> str:
-    """The text of `train --dry-run`."""
-    phases = [estimate_phase(config, phase, tiles["train"]) for phase in config.phases]
+def report(config: Config, job: EncodeJob, tiles: dict[str, int], samples: list[int], stored: bool) -> str:
+    """The text of `train --dry-run`; tiles: stored ones a split, samples: of an epoch of each phase."""
+    phases = [estimate_phase(config, *pair) for pair in zip(config.phases, samples, strict=True)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = precision(config, device.type)
     rate = matmul_rate(device, kind)

@@ -12,13 +12,16 @@ from ray_pipeline import estimate
 from ray_pipeline.checkpoints import CheckpointStore, open_checkpoint
 from ray_pipeline.config import Config, load_config
 from ray_pipeline.data import encode as encoding
-from ray_pipeline.data.hints import HintSettings
+from ray_pipeline.data.encode_job import EncodeJob, encode_job
+from ray_pipeline.data.listing import Listing, list_tiles
 from ray_pipeline.data.manifest import dataset_folders
+from ray_pipeline.data.mixture import make_mixture, validation_rows
 from ray_pipeline.data.sources.simulate import simulate
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.progress import Progress
+from ray_pipeline.storage import Folder, replace_file
 from ray_pipeline.training.launch import check_resources, ray_session, run_phase, uses_gpu
 from ray_pipeline.training.setup import PhaseJob, checkpoint_folder
 
@@ -30,14 +33,15 @@ _FREE_TO_CHANGE = ("ray", "monitoring", "checkpoint", "output_dir")
 class Prepared:
     """Tiles and the encode job that fits the config."""
 
-    job: encoding.EncodeJob
-    listing: encoding.Listing
+    job: EncodeJob
+    listing: Listing
     fingerprint: str
     stored: bool
 
     @property
     def tiles(self) -> dict[str, int]:
-        return {split: len(rows) for split, rows in self.listing.rows.items()}
+        """Tiles of each split whose latents are stored."""
+        return {split: len(rows) for split, rows in encoding.stored_tiles(self.job, self.listing).rows.items()}
 
 
 def prepare_data(config: Config) -> None:
@@ -65,25 +69,6 @@ def _has_data(config: Config) -> bool:
     return any((folder / "manifests" / "manifest.csv").is_file() for folder in dataset_folders(config.data.root))
 
 
-def encode_job(config: Config) -> encoding.EncodeJob:
-    """The encode job that a config asks for."""
-    pretrained = config.vae.pretrained
-    folder = Path(pretrained).expanduser()
-    return encoding.EncodeJob(
-        root=str(Path(config.data.root).absolute()),
-        store=str(Path(config.data.latents or Path(config.data.root, "latents")).absolute()),
-        tile_size=config.data.tile_size,
-        hints=config.hint_names,
-        hint_settings=HintSettings(super_resolution_scale=config.data.super_resolution_scale),
-        variants=config.data.augment_variants,
-        shard_rows=config.data.shard_rows,
-        autoencoder=str(folder.absolute()) if folder.is_dir() else pretrained,  # workers change directory
-        precision=config.vae.precision,
-        latent_channels=config.model.latent_channels,
-        batch_size=config.vae.batch_size,
-    )
-
-
 def look(config: Config, *, overwrite: bool = False) -> Prepared:
     """Check tiles and autoencoder and compare with the store; writes nothing.
 
@@ -93,7 +78,7 @@ def look(config: Config, *, overwrite: bool = False) -> Prepared:
     autoencoder = load_autoencoder(
         job.autoencoder, precision=job.precision, latent_channels=config.model.latent_channels
     )
-    listing = encoding.list_tiles(job)
+    listing = list_tiles(job)
     fingerprint = encoding.fingerprint(job, listing, autoencoder)
     stored = False if overwrite else encoding.check_store(job, fingerprint)
     return Prepared(job=job, listing=listing, fingerprint=fingerprint, stored=stored)
@@ -121,7 +106,7 @@ def encode(config: Config, prepared: Prepared) -> None:
         prepared.listing,
         prepared.fingerprint,
         actors=actors,
-        gpus_per_actor=1.0 if gpu else 0.0,
+        gpus_per_actor=(config.vae.gpus_per_actor or 1.0) if gpu else 0.0,
         progress=advance,
     )
     progress.close("latent std " + " ".join(f"{value:.3f}" for value in stats.std))
@@ -138,11 +123,11 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Pat
     _check_run_dir(config, run_dir, resume)
     prepare_data(config)
     prepared = look(config)
-    check_phases(config, prepared)
-    estimates = [estimate.estimate_phase(config, phase, prepared.tiles["train"]) for phase in config.phases]
+    samples = check_phases(config, prepared)
+    estimates = [estimate.estimate_phase(config, *pair) for pair in zip(config.phases, samples, strict=True)]
     estimate.check_disk(run_dir, estimate.output_bytes(estimates) - _bytes_in(run_dir), "output_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    phase_state.replace_file(run_dir / "config.yaml", config.to_yaml().encode())
+    replace_file(run_dir / "config.yaml", config.to_yaml().encode())
     with ray_session(config, verbose=verbose):
         check_resources(config)
         encode(config, prepared)
@@ -165,21 +150,16 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Pat
     return run_dir
 
 
-def check_phases(config: Config, prepared: Prepared) -> None:
-    """UserError now for what a phase would find wrong hours later: its first checkpoint, its data sets."""
-    for index, phase in enumerate(config.phases):
+def check_phases(config: Config, prepared: Prepared) -> list[int]:
+    """Training samples of an epoch of each phase; UserError now for what it would find wrong hours later."""
+    samples = []
+    for phase in config.phases:
         if phase.init:
             open_checkpoint(phase.init)
-        for split in ("train", "val"):
-            counts = {entry["name"]: entry["count"] for entry in prepared.listing.datasets[split]}
-            unknown = [name for name in phase.datasets if name not in counts]
-            if unknown:
-                raise UserError(
-                    f"phases.{index}.datasets names {unknown[0]!r}, but data.root={config.data.root} holds "
-                    f"{', '.join(counts)}; correct the name or prepare that data set"
-                )
-            if phase.datasets and not sum(counts[name] for name in phase.datasets):
-                raise UserError(f"phases.{index}.datasets: {', '.join(phase.datasets)} hold no tile in split {split}")
+        mixture = make_mixture(config, phase, prepared.listing.datasets["train"], f"{config.data.root} (train)")
+        validation_rows(phase, prepared.listing.datasets["val"], f"{config.data.root} (val)")
+        samples.append(mixture.plan.num_samples)
+    return samples
 
 
 def _bytes_in(folder: Path) -> int:
@@ -217,17 +197,18 @@ def dry_run(config: Config) -> str:
         per_field = (settings.field_size // config.data.tile_size) ** 2
         val = max(1, round(settings.fields * settings.val_fraction))
         tiles = {"train": (settings.fields - val) * per_field, "val": val * per_field, "test": 0}
-        return estimate.report(config, encode_job(config), tiles, stored=False)
+        samples = [tiles["train"]] * len(config.phases)
+        return estimate.report(config, encode_job(config), tiles, samples, stored=False)
     prepared = look(config)
-    check_phases(config, prepared)
-    return estimate.report(config, prepared.job, prepared.tiles, prepared.stored)
+    samples = check_phases(config, prepared)
+    return estimate.report(config, prepared.job, prepared.tiles, samples, prepared.stored)
 
 
 def _absolute(config: Config) -> Config:
     """Paths made absolute: Ray's workers run in directories of their own."""
     latents = config.data.latents
     data = config.data.model_copy(
-        update={"root": _path(config.data.root), "latents": None if latents is None else _path(latents)}
+        update={"root": _path(config.data.root), "latents": None if latents is None else Folder(latents).location}
     )
     phases = tuple(
         phase.model_copy(update={"init": str(Path(phase.init).absolute())})

@@ -1,8 +1,14 @@
-"""What several test files share: one local Ray, one small data set, one small autoencoder."""
+"""What several test files share: one local Ray, one S3 server, one small data set, one small autoencoder."""
 
+import json
 import logging
 import os
+import threading
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -11,7 +17,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
+def ray_cluster(aws_environment):
     """A local Ray with six logical CPUs, for all tests of the session; yields its resources."""
     import ray
 
@@ -33,6 +39,66 @@ def ray_cluster():
         logging.getLogger(name).setLevel(logging.ERROR)
     yield ray.cluster_resources()
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def aws_environment() -> Iterator[None]:
+    """Credentials for S3 in the environment alone, and no search for others; the environment is put back."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    for name in before:
+        del os.environ[name]
+    os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_EC2_METADATA_DISABLED": "true"}
+    yield
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ |= before
+
+
+@dataclass
+class S3Server:
+    """A server of the S3 protocol on the loopback interface. requests: (method, path, range) of each in turn."""
+
+    endpoint: str
+    requests: list[tuple[str, str, str]]
+
+    def make_bucket(self, name: str, policy: dict | None = None) -> str:
+        """Make a bucket; returns its URI."""
+        self.put(name)
+        if policy is not None:
+            self.put(f"{name}?policy", json.dumps(policy).encode())
+        return f"s3://{name}?endpoint_override={quote(self.endpoint, safe='')}"
+
+    def put(self, path: str, data: bytes = b"") -> None:
+        headers = {"Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(f"{self.endpoint}/{path}", data=data, method="PUT", headers=headers)
+        urllib.request.urlopen(request, timeout=30).close()
+
+
+@pytest.fixture(scope="session")
+def s3_server(aws_environment) -> Iterator[S3Server]:
+    """moto's S3 on a free port of 127.0.0.1, for all tests of the session."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints each request
+    application, requests = DomainDispatcherApplication(create_backend_app), []
+
+    def recorded(environ, start_response):
+        requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE", "")))
+        return application(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, recorded, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield S3Server(f"http://127.0.0.1:{server.server_port}", requests)
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def s3(s3_server) -> str:
+    """URI of an S3 bucket, s3://tests?endpoint_override=...; `Folder(s3).child(tmp_path.name)` is a test's own."""
+    return s3_server.make_bucket("tests")
 
 
 @pytest.fixture(scope="session")

@@ -9,36 +9,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import ray.data
 import torch
 
-from ray_pipeline.data.hints import dihedral, make_hint
-from ray_pipeline.data.images import read_tile
-from ray_pipeline.data.latents import (
-    FORMAT_VERSION,
-    LatentStats,
-    LatentStore,
-    read_stats,
-    shard_is_whole,
-    write_shard,
-)
-from ray_pipeline.data.listing import EncodeJob, Listing, TileRow
-from ray_pipeline.data.listing import list_tiles as list_tiles
+from ray_pipeline.data.encode_job import EncodeJob
+from ray_pipeline.data.latents import FORMAT_VERSION, LatentStats, LatentStore, read_stats
+from ray_pipeline.data.listing import Listing
 from ray_pipeline.data.manifest import SPLITS
+from ray_pipeline.data.shards import shard_is_whole, write_shard
+from ray_pipeline.data.tile_encoder import Request, TileEncoder
+from ray_pipeline.data.tile_table import TileTable, write_tile_table
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
-from ray_pipeline.monitoring.phase_state import replace_file
+from ray_pipeline.models.autoencoder import Autoencoder
+from ray_pipeline.storage import Folder
 
-#: tiles an actor reads before they are encoded; each comes with every variant of itself and of its hints
-_READ_AHEAD = 4
-_FP16_MAX = float(np.finfo(np.float16).max)
+#: tables of tiles in the folder of a split: of the rows that are stored, and of those that data.mode tiles streams
+STORED_TILES, STREAMED_TILES = "tiles.arrow", "streamed_tiles.arrow"
 
 
 def fingerprint(job: EncodeJob, listing: Listing, autoencoder: Autoencoder) -> str:
@@ -52,21 +42,26 @@ def fingerprint(job: EncodeJob, listing: Listing, autoencoder: Autoencoder) -> s
 def check_store(job: EncodeJob, expected: str) -> bool:
     """True when a finished store with this fingerprint is there; UserError when it is another one.
 
-    False also when an index or a shard of it is gone or cut short, so that `encode` makes them again.
+    False also when an index, a table of tiles or a shard of it is gone or cut short, so that `encode` makes them again.
     """
-    stats_file = Path(job.store) / "stats.json"
-    if not stats_file.is_file():
+    store = Folder(job.store)
+    if store.size("stats.json") < 0:
         return False
-    found = read_stats(stats_file).fingerprint
+    found = read_stats(store).fingerprint
     if found != expected:
         raise UserError(
             f"{job.store} was encoded from other tiles, autoencoder or hint settings (fingerprint {found[:12]}, "
             f"expected {expected[:12]}); run `ray-pipeline encode --overwrite` or set data.latents to another folder"
         )
     try:
-        return not any(LatentStore.open(Path(job.store) / split).missing() for split in SPLITS)
+        return not any(LatentStore.open(store.child(split)).missing() for split in SPLITS)
     except UserError:
         return False
+
+
+def stored_tiles(job: EncodeJob, listing: Listing) -> Listing:
+    """The tiles whose latents are stored: all of them, or job.sample_rows of each data set and split."""
+    return listing if job.sample_rows is None else listing.thinned(job.sample_rows)
 
 
 def encode(
@@ -82,13 +77,17 @@ def encode(
 
     progress is called with the number of tiles just stored.
     """
-    store = Path(job.store)
-    store.mkdir(parents=True, exist_ok=True)
+    store, stored = Folder(job.store), stored_tiles(job, listing)
     # the mark of a finished store: from the first new shard on, this is none
-    (store / "stats.json").unlink(missing_ok=True)
+    store.remove(["stats.json"])
+    for split in SPLITS:
+        write_tile_table(store.child(split), STORED_TILES, stored.rows[split], stored.datasets[split])
+    if job.sample_rows is not None:
+        write_tile_table(store.child("train"), STREAMED_TILES, listing.rows["train"], listing.datasets["train"])
     records: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    with closing(_shard_records(job, listing, expected, actors, gpus_per_actor)) as stored:
-        for split, record in stored:
+    counts = {split: len(rows) for split, rows in stored.rows.items()}
+    with closing(_shard_records(job, counts, expected, actors, gpus_per_actor)) as made:
+        for split, record in made:
             records[split].append(record)
             progress(record["rows"])
     for split, shards in records.items():
@@ -98,23 +97,24 @@ def encode(
             "fingerprint": expected,
             "shape": job.shape,
             "hints": job.hints,
+            "simulated": job.simulated,
             "variants": job.variants,
-            "datasets": listing.datasets[split],
-            "shards": [{key: shard[key] for key in ("file", "rows", "sha256")} for shard in shards],
+            "datasets": [dataclasses.asdict(entry) for entry in stored.datasets[split]],
+            "shards": [{key: shard[key] for key in ("file", "rows", "bytes", "sha256")} for shard in shards],
         }
-        _write_json(store / split / "index.json", index)
-        _remove_strays(store / split, shards)
+        _write_json(store.child(split), "index.json", index)
+        _remove_strays(store.child(split), shards)
     stats = _statistics(records["train"], expected)
-    _write_json(store / "stats.json", stats.as_json())
+    _write_json(store, "stats.json", stats.as_json())
     return stats
 
 
-def verify(store: str | Path) -> int:
+def verify(store: str) -> int:
     """Check every shard of every split against its hash; returns how many there are, UserError names the bad ones."""
     bad, count = [], 0
     for split in SPLITS:
-        opened = LatentStore.open(Path(store) / split)
-        bad += [str(opened.folder / name) for name in opened.verify()]
+        opened = LatentStore.open(Folder(store).child(split))
+        bad += [opened.folder.where(name) for name in opened.verify()]
         count += len(opened.index["shards"])
     if bad:
         raise UserError(
@@ -124,119 +124,63 @@ def verify(store: str | Path) -> int:
 
 
 class ShardEncoder:
-    """Ray actor: holds the autoencoder, turns rows of {"shard": JSON} into files."""
+    """Ray actor: holds the autoencoder, turns rows of {"split", "shard"} into files."""
 
     def __init__(self, job: EncodeJob, expected: str, use_gpu: bool):
         torch.set_num_threads(1)
         self.job, self.expected = job, expected
-        device = "cuda" if use_gpu else "cpu"
-        self.autoencoder = load_autoencoder(job.autoencoder, device=device, precision=job.precision)
-        self.readers = ThreadPoolExecutor(2)
+        self.encoder = TileEncoder(job, use_gpu)
+        self.tables: dict[str, TileTable] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        shards = [json.loads(str(text)) for text in batch["shard"]]
+        places = list(zip(batch["split"].tolist(), batch["shard"].tolist(), strict=True))
         return {
-            "path": np.array([shard["path"] for shard in shards], dtype=object),
-            "record": np.array([self._answer(shard) for shard in shards], dtype=object),
+            "split": batch["split"],
+            "record": np.array([self._answer(split, number) for split, number in places], dtype=object),
         }
 
-    def _answer(self, shard: dict) -> str:
+    def _answer(self, split: str, number: int) -> str:
         """The shard's record, or what is wrong with its tiles: Ray keeps no cause of an error that a task raises."""
         try:
-            return self._encode(shard)
+            return json.dumps(self._encode(split, number))
         except UserError as error:
             return json.dumps({"wrong": str(error)})
 
-    def _encode(self, shard: dict) -> str:
-        path = Path(shard["path"])
-        columns = self._columns([TileRow(**row) for row in shard["rows"]])
-        record = {"file": path.name, "rows": len(shard["rows"]), "sha256": write_shard(path, columns)}
-        latents = [values for name, values in columns.items() if name.startswith("latent@")]
-        record["count"] = sum(values.size // values.shape[1] for values in latents)
-        record["sum"] = sum(values.sum(axis=(0, 2, 3), dtype=np.float64) for values in latents).tolist()
-        record["square"] = sum(np.square(values, dtype=np.float64).sum(axis=(0, 2, 3)) for values in latents).tolist()
-        record["fingerprint"] = self.expected
-        _write_json(path.with_suffix(".json"), record)
-        return json.dumps(record)
-
-    def _columns(self, rows: Sequence[TileRow]) -> dict[str, np.ndarray]:
-        names = [f"{name}@{k}" for k in range(self.job.variants) for name in ("latent", *_hint_columns(self.job))]
-        columns = {name: np.empty((len(rows), *self.job.shape), np.float16) for name in names}
-        pending: list[tuple[str, int, np.ndarray]] = []
-        for number, images in enumerate(self._read(rows)):
-            pending += [(name, number, image) for name, image in zip(names, images, strict=True)]
-            while len(pending) >= self.job.batch_size:
-                self._flush(pending, columns)
-        while pending:
-            self._flush(pending, columns)
-        return columns
-
-    def _read(self, rows: Sequence[TileRow]) -> Iterator[list[np.ndarray]]:
-        """Images of each row, in order; a slow autoencoder must not let the images of a whole shard pile up."""
-        ahead: deque = deque()
-        for row in rows:
-            ahead.append(self.readers.submit(self._images, row))
-            if len(ahead) > _READ_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-    def _flush(self, pending: list[tuple[str, int, np.ndarray]], columns: dict[str, np.ndarray]) -> None:
-        taken = pending[: self.job.batch_size]
-        del pending[: self.job.batch_size]
-        latents = self.autoencoder.encode(torch.from_numpy(np.stack([image for _, _, image in taken])))
-        for (name, number, _), latent in zip(taken, latents.cpu().numpy(), strict=True):
-            if not np.abs(latent).max() <= _FP16_MAX:
-                raise UserError(
-                    f"the autoencoder gave a latent that fp16 cannot hold for row {number} of a shard, column {name}; "
-                    "check vae.pretrained, and use vae.precision=fp32"
-                )
-            columns[name][number] = latent
-
-    def _images(self, row: TileRow) -> list[np.ndarray]:
-        """Tile and hints of every variant, in the order of the columns."""
-        tile = self._tile(row.path)
-        partners = {name: read_tile(path) for name, path in row.partners.items()}
-        images = []
-        for variant in range(self.job.variants):
-            turned = dihedral(tile, variant)
-            images.append(turned)
-            for name in self.job.hints:
-                partner = dihedral(partners[name], variant) if name in partners else None
-                images.append(make_hint(name, turned, partner, row.id, variant, self.job.hint_settings))
-        return images
-
-    def _tile(self, path: str) -> np.ndarray:
-        tile = read_tile(path)
-        side = self.job.tile_size
-        if tile.shape != (side, side):
-            raise UserError(
-                f"{path} is {tile.shape[0]}x{tile.shape[1]} px, but data.tile_size is {side}; prepare tiles of that "
-                "size or change data.tile_size and model.latent_size"
-            )
-        return tile
+    def _encode(self, split: str, number: int) -> dict:
+        folder = Folder(self.job.store).child(split)
+        if split not in self.tables:
+            self.tables[split] = TileTable(folder, STORED_TILES)
+        table = self.tables[split]
+        first = number * self.job.shard_rows
+        rows = table.rows(np.arange(first, min(first + self.job.shard_rows, len(table))))
+        values = self.encoder.encode([Request(row, range(self.job.variants), self.job.columns) for row in rows])
+        latents = [values[row, :, 0] for row in range(len(rows))]
+        record = write_shard(folder, _shard_file(number), values) | {
+            "count": sum(latent.size // latent.shape[1] for latent in latents),
+            "sum": sum(latent.sum(axis=(0, 2, 3), dtype=np.float64) for latent in latents).tolist(),
+            "square": sum(np.square(latent, dtype=np.float64).sum(axis=(0, 2, 3)) for latent in latents).tolist(),
+            "fingerprint": self.expected,
+        }
+        _write_json(folder, _record_file(number), record)
+        return record
 
 
 def _shard_records(
-    job: EncodeJob, listing: Listing, expected: str, actors: int, gpus: float
+    job: EncodeJob, counts: dict[str, int], expected: str, actors: int, gpus: float
 ) -> Iterator[tuple[str, dict]]:
     """Split and record of every shard, those already stored first; one pool of actors encodes all splits."""
     todo = []
     for split in SPLITS:
-        folder = Path(job.store, split).absolute()
-        folder.mkdir(exist_ok=True)
-        for start in range(0, len(listing.rows[split]), job.shard_rows):
-            path = folder / f"shard-{start // job.shard_rows:05d}.arrow"
-            rows = listing.rows[split][start : start + job.shard_rows]
-            record = _stored_record(path, expected)
+        for number in range(-(-counts[split] // job.shard_rows)):
+            record = _stored_record(Folder(job.store).child(split), number, expected)
             if record:
                 yield split, record
             else:
-                todo.append(json.dumps({"path": str(path), "rows": [dataclasses.asdict(row) for row in rows]}))
+                todo.append({"split": split, "shard": number})
     if not todo:
         return
     ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.from_items([{"shard": text} for text in todo], override_num_blocks=len(todo))
+    dataset = ray.data.from_items(todo, override_num_blocks=len(todo))
     encoded = dataset.map_batches(
         ShardEncoder,
         fn_constructor_args=(job, expected, gpus > 0),
@@ -249,16 +193,25 @@ def _shard_records(
         record = json.loads(row["record"])
         if "wrong" in record:
             raise UserError(record["wrong"])
-        yield Path(row["path"]).parent.name, record
+        yield row["split"], record
 
 
-def _stored_record(path: Path, expected: str) -> dict | None:
+def _stored_record(folder: Folder, number: int, expected: str) -> dict | None:
+    """What was recorded of a shard that is there and whole, else None."""
     try:
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        record = json.loads(folder.read(_record_file(number)))
     except (FileNotFoundError, ValueError):
         return None
-    same = record.get("fingerprint") == expected and shard_is_whole(path, record["sha256"])
+    same = record.get("fingerprint") == expected and shard_is_whole(folder, record["file"], record["sha256"])
     return record if same else None
+
+
+def _shard_file(number: int) -> str:
+    return f"shard-{number:05d}.npy"
+
+
+def _record_file(number: int) -> str:
+    return f"shard-{number:05d}.json"
 
 
 def _statistics(shards: Sequence[dict], expected: str) -> LatentStats:
@@ -274,22 +227,16 @@ def _statistics(shards: Sequence[dict], expected: str) -> LatentStats:
     return LatentStats(mean=mean, std=std, count=tiles, fingerprint=expected)
 
 
-def _hint_columns(job: EncodeJob) -> list[str]:
-    return [f"hint.{name}" for name in job.hints]
-
-
-def _write_json(path: Path, value: dict) -> None:
-    replace_file(path, (json.dumps(value) + "\n").encode())
+def _write_json(folder: Folder, name: str, value: dict) -> None:
+    folder.write(name, (json.dumps(value) + "\n").encode())
 
 
 def _number(record: dict) -> int:
     # by number: the sixth digit of the millionth shard would spoil the order of names
-    return int(record["file"].removeprefix("shard-").removesuffix(".arrow"))
+    return int(record["file"].removeprefix("shard-").removesuffix(".npy"))
 
 
-def _remove_strays(folder: Path, shards: Sequence[dict]) -> None:
+def _remove_strays(folder: Folder, shards: Sequence[dict]) -> None:
     """Delete shards and records that the index does not name: left by another shard size, or by a kill."""
-    kept = {shard["file"] for shard in shards} | {Path(shard["file"]).with_suffix(".json").name for shard in shards}
-    for path in folder.glob("shard-*.*"):
-        if path.name not in kept:
-            path.unlink()
+    kept = {name for shard in shards for name in (shard["file"], _record_file(_number(shard)))}
+    folder.remove(name for name in folder.names() if name.startswith("shard-") and name not in kept)

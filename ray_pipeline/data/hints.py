@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+from ray_pipeline.config import PAIRED_TYPES
 from ray_pipeline.data import optics
+from ray_pipeline.data.encode_job import HintSettings as HintSettings
 from ray_pipeline.errors import UserError
 
-
-@dataclass(frozen=True)
-class HintSettings:
-    """What changes a hint's pixels, and so belongs to the fingerprint of stored latents."""
-
-    super_resolution_scale: int = 4
-
-
 #: hints that may come from a degraded partner on disk
-PAIRED = ("super_resolution", "denoising")
+PAIRED = PAIRED_TYPES
 
 
 def make_hint(

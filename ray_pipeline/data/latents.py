@@ -1,31 +1,34 @@
-"""The latent store: row-addressable fp16 latents and hint latents in Arrow IPC shards, with an index and statistics.
+"""The latent store: row-addressable fp16 latents and hint latents in numpy shards, with an index and statistics.
 
 <store>/stats.json                     per-channel mean and std of the training split, counts, fingerprint; written last
-<store>/<split>/index.json             shards with rows and sha256, row ranges of the data sets, fingerprint
-<store>/<split>/shard-00000.arrow      one fixed-size binary column a latent: latent@0, hint.denoising@0, ...
+<store>/<split>/index.json             shards with rows, bytes and sha256, columns, data sets, fingerprint
+<store>/<split>/shard-00000.npy        (rows, variants, columns, C, H, W) fp16
+<store>/<split>/tiles.arrow            which tile each row is (data/tile_table.py)
 
-"@k" is the augmentation variant. Shards are uncompressed, so a local one is memory-mapped and a row is a slice.
+A column is `latent`, `hint.<name>` or, where a hint comes from a partner on disk, `simulated.<name>` as well. What one
+sample needs, a tile and its hints in one augmentation variant, lies together: one read on a disk, one request of
+object storage. A local shard is memory-mapped; of a remote one only the rows asked for are fetched.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
+from ray_pipeline.data.shards import REMEDY, LocalShard, RemoteShard, shard_is_whole
 from ray_pipeline.errors import UserError
+from ray_pipeline.storage import Folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _OPEN_SHARDS = 64
-_INDEX_KEYS = ("version", "fingerprint", "shape", "hints", "variants", "datasets", "shards")
-_REMEDY = "run `ray-pipeline encode --overwrite` (it keeps every whole shard)"
+_REQUESTS = 32  # to object storage at once
+_HASHERS = 4  # shards that are verified at once
+_INDEX_KEYS = ("version", "fingerprint", "shape", "hints", "simulated", "variants", "datasets", "shards")
 
 
 @dataclass(frozen=True)
@@ -67,39 +70,49 @@ def parse_stats(values: dict) -> LatentStats:
     return LatentStats(mean=mean, std=std, count=int(values["count"]), fingerprint=values["fingerprint"])
 
 
-def read_stats(path: str | Path) -> LatentStats:
-    """LatentStats of a stats.json; UserError when it is missing or damaged."""
-    values = _read_json(Path(path), ("mean", "std", "count", "fingerprint"))
+def read_stats(store: Folder) -> LatentStats:
+    """LatentStats of <store>/stats.json; UserError when it is missing or damaged."""
+    values = _read_json(store, "stats.json", ("mean", "std", "count", "fingerprint"))
     try:
         return parse_stats(values)
     except (TypeError, ValueError):
-        raise UserError(f"latent store: {path} does not hold statistics; {_REMEDY}") from None
+        raise UserError(f"latent store: {store.where('stats.json')} does not hold statistics; {REMEDY}") from None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows start to start + count - 1 of a split; partners: hint name -> how many rows have a degraded partner."""
+
+    name: str
+    start: int
+    count: int
+    partners: dict[str, int]
 
 
 class LatentStore:
     """Read access to one split; an id is a row of it. Cheap to pickle: shards are opened where they are read."""
 
-    def __init__(self, folder: Path, index: dict, stats: LatentStats):
+    def __init__(self, folder: Folder, index: dict, stats: LatentStats):
         self.folder, self.index, self.stats = folder, index, stats
         self._starts = np.cumsum([0] + [shard["rows"] for shard in index["shards"]])
-        self._open: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+        self._opened: dict[int, LocalShard | RemoteShard] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> LatentStore:
+    def open(cls, path: str | Path | Folder) -> LatentStore:
         """Open <store>/<split>, or the training split of <store>; UserError when missing, unfinished or damaged."""
-        folder = Path(path)
-        if not (folder / "index.json").is_file() and (folder / "train" / "index.json").is_file():
-            folder = folder / "train"
-        index = _read_json(folder / "index.json", _INDEX_KEYS)
+        folder = path if isinstance(path, Folder) else Folder(path)
+        if folder.size("index.json") < 0 and folder.child("train").size("index.json") >= 0:
+            folder = folder.child("train")
+        index = _read_json(folder, "index.json", _INDEX_KEYS)
         if index["version"] != FORMAT_VERSION:
             raise UserError(
-                f"{folder / 'index.json'} has version {index['version']!r}, expected {FORMAT_VERSION}; {_REMEDY}"
+                f"{folder.where('index.json')} has version {index['version']!r}, expected {FORMAT_VERSION}; {REMEDY}"
             )
-        stats = read_stats(folder.parent / "stats.json")
+        stats = read_stats(folder.parent)
         if index["fingerprint"] != stats.fingerprint:
             raise UserError(
                 f"{folder} was encoded from other tiles or settings (fingerprint {index['fingerprint'][:12]}) than "
-                f"the stats.json beside it ({stats.fingerprint[:12]}); {_REMEDY}"
+                f"the stats.json beside it ({stats.fingerprint[:12]}); {REMEDY}"
             )
         return cls(folder, index, stats)
 
@@ -119,140 +132,122 @@ class LatentStore:
         return tuple(self.index["hints"])
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the latents stored for every row and variant, in their order."""
+        return column_names(self.index["hints"], self.index["simulated"])
+
+    @property
     def variants(self) -> int:
         """Stored augmentation variants of every row."""
         return self.index["variants"]
 
-    def rows(self, datasets: Sequence[str] = ()) -> np.ndarray:
-        """Rows of the named data sets (default: all of them), int64, in their order."""
-        ranges = {entry["name"]: entry for entry in self.index["datasets"]}
-        unknown = [name for name in datasets if name not in ranges]
-        if unknown:
-            raise UserError(
-                f"phases[].datasets names {unknown[0]!r}, but {self.folder} holds {', '.join(ranges)}; "
-                "correct the name or encode that data set"
-            )
-        chosen = [ranges[name] for name in (datasets or ranges)]
-        parts = [np.arange(entry["start"], entry["start"] + entry["count"], dtype=np.int64) for entry in chosen]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    @property
+    def datasets(self) -> tuple[DataSet, ...]:
+        """What the split holds, in the order of its rows."""
+        return tuple(DataSet(**entry) for entry in self.index["datasets"])
 
     def gather(
-        self, ids: Sequence[int], variants: Sequence[int] | None = None, hints: Sequence[str] | None = None
+        self,
+        ids: Sequence[int],
+        variants: Sequence[int] | None = None,
+        hints: Sequence[str] | None = None,
+        simulated: Sequence[bool] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Rows `ids` -> {"latent": (B, C, H, W) fp16, "hint.<name>": same}; variant 0 unless given.
+        """Rows `ids` -> {"latent": (B, C, H, W) fp16, "hint.<name>": same}.
 
-        hints: which hints to read (default: all that are stored). IndexError for an id outside the split.
+        variants: (B,), variant 0 unless given. hints: which to read (default: all that are stored). simulated: (B,),
+        True takes hints made from the tile even where it has a degraded partner. Raises IndexError for an id or
+        variant outside the split, UserError for a hint or shard that is not there.
         """
         ids = np.asarray(ids, dtype=np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise IndexError(f"ids reach from {ids.min()} to {ids.max()}, the split has {len(self)} rows")
         picked = np.zeros(len(ids), np.int64) if variants is None else np.asarray(variants, dtype=np.int64)
-        names = ["latent"] + [f"hint.{name}" for name in (self.hint_names if hints is None else hints)]
-        out = {name: np.empty((len(ids), *self.shape), np.float16) for name in names}
-        shards = np.searchsorted(self._starts, ids, side="right") - 1
-        for shard in np.unique(shards):
-            batch = self._shard(int(shard))
-            for name in names:
-                for variant in np.unique(picked[shards == shard]):
-                    chosen = np.flatnonzero((shards == shard) & (picked == variant))
-                    rows = self._column(batch, f"{name}@{variant}")
-                    out[name][chosen] = rows[ids[chosen] - self._starts[shard]]
-        return out
+        made = [False] * len(ids) if simulated is None else [bool(flag) for flag in simulated]
+        _check_range("ids", ids, len(self))
+        _check_range("variants", picked, self.variants)
+        names = self.hint_names if hints is None else tuple(hints)
+        sources = [self._sources(names, flag) for flag in (False, True)]
+        counts = [1 + max(sources[flag]) for flag in made]
+        out = [np.empty((len(ids), *self.shape), np.float16) for _ in range(1 + len(names))]
+        for row, record in enumerate(self._records(ids, picked, counts)):
+            for values, column in zip(out, sources[made[row]], strict=True):
+                values[row] = record[column]
+        return dict(zip(("latent", *(f"hint.{name}" for name in names)), out, strict=True))
+
+    def _sources(self, hints: Sequence[str], simulated: bool) -> list[int]:
+        """Numbers of the columns that give the latent and these hints."""
+        unknown = set(hints) - set(self.hint_names)
+        if unknown:
+            held = ", ".join(self.hint_names) or "none"
+            raise UserError(f"{self.folder} holds no hint {min(unknown)!r}, its hints are {held}; {REMEDY}")
+        names = ["latent"]
+        for hint in hints:
+            made = f"simulated.{hint}"
+            names.append(made if simulated and made in self.columns else f"hint.{hint}")
+        return [self.columns.index(name) for name in names]
+
+    def _records(self, ids: np.ndarray, variants: np.ndarray, counts: Sequence[int]) -> Iterable[np.ndarray]:
+        """The first columns of each row, as many as counted for it, in the variant picked for it."""
+        numbers = np.searchsorted(self._starts, ids, side="right") - 1
+        rows = (ids - self._starts[numbers]).tolist()
+        places = list(zip(numbers.tolist(), rows, variants.tolist(), counts, strict=True))
+        if self.folder.local is not None:
+            shards = self._shards(set(numbers.tolist()), map)
+            return (shards[number].record(*place) for number, *place in places)
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            shards = self._shards(set(numbers.tolist()), pool.map)
+            return list(pool.map(lambda place: shards[place[0]].record(*place[1:]), places))
 
     def verify(self) -> list[str]:
         """Names of shards that are missing or whose bytes differ from the index; reads all of them."""
-        return [s["file"] for s in self.index["shards"] if not shard_is_whole(self.folder / s["file"], s["sha256"])]
+        shards = self.index["shards"]
+        with ThreadPoolExecutor(_HASHERS) as pool:
+            whole = list(pool.map(lambda shard: shard_is_whole(self.folder, shard["file"], shard["sha256"]), shards))
+        return [shard["file"] for shard, fine in zip(shards, whole, strict=True) if not fine]
 
     def missing(self) -> list[str]:
-        """Names of shards that are not there or too short for their rows; reads none of them."""
-        row_bytes = self._latent_bytes * self.variants * (1 + len(self.hint_names))
-        return [s["file"] for s in self.index["shards"] if _size(self.folder / s["file"]) < s["rows"] * row_bytes]
+        """Names of shards that are not there or have another size than the index says; reads none of them."""
+        sizes = self.folder.sizes()
+        return [shard["file"] for shard in self.index["shards"] if sizes.get(shard["file"]) != shard["bytes"]]
 
-    @property
-    def _latent_bytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
+    def _shards(self, numbers: Iterable[int], each: Callable = map) -> dict[int, LocalShard | RemoteShard]:
+        """Shards by number; `each` maps opening over those that are not open."""
+        shards = {number: self._opened.pop(number, None) for number in numbers}
+        closed = [number for number, shard in shards.items() if shard is None]
+        shards |= zip(closed, each(self._open, closed), strict=True)
+        self._opened |= shards  # those used last stand last
+        for number in list(self._opened)[:-_OPEN_SHARDS]:
+            self._opened.pop(number, None)
+        return shards
 
-    def _shard(self, number: int) -> pa.RecordBatch:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        path = self.folder / self.index["shards"][number]["file"]
-        try:
-            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"latent shard {path} is missing or damaged ({reason}); {_REMEDY}") from error
-        expected = self.index["shards"][number]["rows"]
-        if batch.num_rows != expected:
-            raise UserError(f"latent shard {path} has {batch.num_rows} rows, expected {expected}; {_REMEDY}")
-        self._check_columns(path, batch.schema)
-        self._open[number] = batch
-        if len(self._open) > _OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return batch
-
-    def _check_columns(self, path: Path, schema: pa.Schema) -> None:
-        kind = pa.binary(self._latent_bytes)
-        for name in ("latent", *(f"hint.{hint}" for hint in self.hint_names)):
-            for variant in range(self.variants):
-                position = schema.get_field_index(f"{name}@{variant}")
-                if position < 0 or schema.field(position).type != kind:
-                    raise UserError(f"latent shard {path} lacks column {name}@{variant} as {kind}; {_REMEDY}")
-
-    def _column(self, batch: pa.RecordBatch, name: str) -> np.ndarray:
-        column = batch.column(name)
-        values = np.frombuffer(column.buffers()[1], dtype=np.float16)
-        width = int(np.prod(self.shape))
-        return values[column.offset * width : (column.offset + len(column)) * width].reshape(-1, *self.shape)
+    def _open(self, number: int) -> LocalShard | RemoteShard:
+        entry = self.index["shards"][number]
+        shape = (entry["rows"], self.variants, len(self.columns), *self.shape)
+        kind = RemoteShard if self.folder.local is None else LocalShard
+        return kind(self.folder, entry, shape)
 
 
-def write_shard(path: Path, columns: dict[str, np.ndarray]) -> str:
-    """Write {name: (rows, C, H, W) fp16} as one Arrow IPC file, atomically; returns its sha256."""
-    arrays = []
-    for values in columns.values():
-        values = np.ascontiguousarray(values, dtype=np.float16)
-        kind = pa.binary(values[0].nbytes)
-        arrays.append(pa.FixedSizeBinaryArray.from_buffers(kind, len(values), [None, pa.py_buffer(values)]))
-    batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def column_names(hints: Sequence[str], simulated: Sequence[str]) -> tuple[str, ...]:
+    """Columns of a store with these hints and these hints made from the tile besides."""
+    return ("latent", *(f"hint.{name}" for name in hints), *(f"simulated.{name}" for name in simulated))
+
+
+def _check_range(name: str, values: np.ndarray, count: int) -> None:
+    if values.size and (values.min() < 0 or values.max() >= count):
+        raise IndexError(f"{name} reach from {values.min()} to {values.max()}, the split has {count}")
+
+
+def _read_json(folder: Folder, name: str, keys: Sequence[str]) -> dict:
+    where = folder.where(name)
     try:
-        with partial.open("wb") as file:
-            with pa.ipc.new_file(file, batch.schema) as writer:
-                writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = _sha256(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest
-
-
-def shard_is_whole(path: Path, sha256: str) -> bool:
-    """True when the file is there and has this hash."""
-    return path.is_file() and _sha256(path) == sha256
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, -1 where there is none."""
-    try:
-        return path.stat().st_size
+        data = folder.read(name)
     except FileNotFoundError:
-        return -1
-
-
-def _read_json(path: Path, keys: Sequence[str]) -> dict:
+        raise UserError(f"latent store: {where} is missing; encode the tiles with `ray-pipeline encode`") from None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"latent store: {path} is missing; encode the tiles with `ray-pipeline encode`") from None
+        values = json.loads(data)
     except ValueError:  # of JSON and of UTF-8
-        raise UserError(f"latent store: {path} is not valid JSON; {_REMEDY}") from None
+        raise UserError(f"latent store: {where} is not valid JSON; {REMEDY}") from None
+    if isinstance(values, dict) and values.get("version", FORMAT_VERSION) != FORMAT_VERSION:
+        return values
     if not isinstance(values, dict) or not set(keys) <= values.keys():
-        raise UserError(f"latent store: {path} lacks some of the keys {', '.join(keys)}; {_REMEDY}")
+        raise UserError(f"latent store: {where} lacks some of the keys {', '.join(keys)}; {REMEDY}")
     return values

@@ -6,50 +6,16 @@ import hashlib
 import itertools
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ray_pipeline.data.hints import PAIRED, HintSettings
+from ray_pipeline.data.encode_job import EncodeJob
+from ray_pipeline.data.hints import PAIRED
+from ray_pipeline.data.latents import DataSet
 from ray_pipeline.data.manifest import SPLITS, check_tiles, dataset_folders, load_manifest, load_pairs
+from ray_pipeline.data.tile_table import TileRow
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.autoencoder import DOWNSCALE
-
-
-@dataclass(frozen=True)
-class EncodeJob:
-    """All that decides the bytes of a store."""
-
-    root: str
-    store: str
-    tile_size: int
-    hints: tuple[str, ...]
-    hint_settings: HintSettings
-    variants: int
-    shard_rows: int
-    autoencoder: str
-    precision: str
-    latent_channels: int
-    batch_size: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        side = self.tile_size // DOWNSCALE
-        return (self.latent_channels, side, side)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one stored row: every variant of the tile and of each hint, fp16."""
-        return int(np.prod(self.shape)) * 2 * self.variants * (1 + len(self.hints))
-
-
-@dataclass(frozen=True)
-class TileRow:
-    """One tile to encode: its id, file, and the files of its degraded partners by hint name."""
-
-    id: str
-    path: str
-    partners: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -57,8 +23,33 @@ class Listing:
     """Tiles of every split in the order of their rows, the data sets' ranges, and a hash of all of it."""
 
     rows: dict[str, list[TileRow]]
-    datasets: dict[str, list[dict]]
+    datasets: dict[str, list[DataSet]]
     fingerprint: str
+
+    def thinned(self, limit: int) -> Listing:
+        """At most `limit` tiles of each data set and split, evenly spaced."""
+        rows: dict[str, list[TileRow]] = {split: [] for split in SPLITS}
+        datasets: dict[str, list[DataSet]] = {split: [] for split in SPLITS}
+        for split, entries in self.datasets.items():
+            for entry in entries:
+                chosen = entry.start + spread(np.arange(entry.count), limit)
+                datasets[split].append(_dataset(entry.name, rows[split], [self.rows[split][row] for row in chosen]))
+        return Listing(rows=rows, datasets=datasets, fingerprint=self.fingerprint)
+
+
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows, evenly spaced."""
+    if len(rows) <= count:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+
+
+def _dataset(name: str, before: list[TileRow], rows: list[TileRow]) -> DataSet:
+    """Append a data set's rows to those before, and tell where they are."""
+    partners = {hint: sum(hint in row.partners for row in rows) for hint in PAIRED}
+    entry = DataSet(name=name, start=len(before), count=len(rows), partners=partners)
+    before += rows
+    return entry
 
 
 def list_tiles(job: EncodeJob) -> Listing:
@@ -70,14 +61,13 @@ def list_tiles(job: EncodeJob) -> Listing:
             "`ray-pipeline simulate`, or correct data.root"
         )
     rows: dict[str, list[TileRow]] = {split: [] for split in SPLITS}
-    ranges: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    ranges: dict[str, list[DataSet]] = {split: [] for split in SPLITS}
     digest = hashlib.sha256()
     for folder in folders:
         pairs = _partners(job, folder.name)
         for split in SPLITS:
             listed = _split_rows(folder, split, job, pairs, digest)
-            ranges[split].append({"name": folder.name, "start": len(rows[split]), "count": len(listed)})
-            rows[split] += listed
+            ranges[split].append(_dataset(folder.name, rows[split], listed))
     for split in ("train", "val"):
         if not rows[split]:
             raise UserError(f"data.root={job.root} has no tile in split {split}; prepare the data with both splits")
@@ -86,23 +76,22 @@ def list_tiles(job: EncodeJob) -> Listing:
 
 @dataclass(frozen=True)
 class _Partner:
-    path: str
+    path: str  # relative to the data root
     sha256: str  # of the manifest, empty where it has none
 
 
 def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, _Partner]]:
     """Foundation id -> {hint name: its degraded partner}; the first one, where the manifest lists several."""
     table = load_pairs(job.root, dataset)
-    folder = Path(job.root).absolute() / "degraded" / dataset
     if "task" not in table:
-        raise UserError(
-            f"{folder / 'manifests' / 'manifest.csv'} has no column task; add it with {' or '.join(PAIRED)} in each row"
-        )
+        csv = Path(job.root, "degraded", dataset, "manifests", "manifest.csv")
+        raise UserError(f"{csv} has no column task; add it with {' or '.join(PAIRED)} in each row")
     hashes = table["sha256"] if "sha256" in table else [""] * len(table)
     partners: dict[str, dict[str, _Partner]] = {}
     for task, pair, image, sha256 in zip(table["task"], table["pair_id"], table["image"], hashes, strict=True):
         if task in PAIRED and task in job.hints:
-            partners.setdefault(pair, {}).setdefault(task, _Partner(str(folder / image), sha256))
+            partner = _Partner(_posix("degraded", dataset, image), sha256)
+            partners.setdefault(pair, {}).setdefault(task, partner)
     return partners
 
 
@@ -116,18 +105,25 @@ def _split_rows(
     check_tiles(manifest, job.tile_size)
     digest.update(f"{folder.name}/{split}/{manifest.fingerprint()}".encode())
     rows = []
-    for number, identifier in enumerate(manifest.table["id"]):
+    for identifier, image in zip(manifest.table["id"], manifest.table["image"], strict=True):
         partners = pairs.get(identifier, {})
-        missing = [partner.path for partner in partners.values() if not Path(partner.path).is_file()]
+        missing = [partner.path for partner in partners.values() if not Path(job.root, partner.path).is_file()]
         if missing:
             raise UserError(
-                f"degraded partner {missing[0]} of tile {identifier} is missing; restore it or drop its row"
+                f"degraded partner {Path(job.root, missing[0])} of tile {identifier} is missing; restore it or drop "
+                "its row"
             )
         named = sorted((hint, Path(partner.path).name, partner.sha256) for hint, partner in partners.items())
         digest.update(json.dumps(named).encode())
         files = {hint: partner.path for hint, partner in partners.items()}
-        rows.append(TileRow(id=f"{folder.name}/{identifier}", path=str(manifest.path(number)), partners=files))
+        path = _posix("foundation", folder.name, image)
+        rows.append(TileRow(id=f"{folder.name}/{identifier}", path=path, partners=files))
     return rows
+
+
+def _posix(*parts: str) -> str:
+    # from the names alone: the manifest's own path is resolved, and a root or data set may be a link
+    return PurePosixPath(*parts).as_posix()
 
 
 def _is_empty(csv: Path) -> bool:

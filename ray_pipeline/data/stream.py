@@ -1,14 +1,15 @@
 """Ray Data: plan -> batches on this rank. One execution spans all the steps a phase has left, in their order.
 
-Every rank runs its own pipeline: step numbers -> gather actors, which ask the plan for ids and read the rows. Order is
-the plan's; Ray only moves the rows.
+Every rank runs its own pipeline: chunks of steps -> gather actors, which ask the plan for ids and read the rows. Order
+is the plan's; Ray only moves the rows. A chunk travels as one row of Ray Data, which never cuts a row, and holds whole
+steps: what arrives is cut without a copy.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,144 +18,182 @@ import numpy as np
 import ray.data
 
 from ray_pipeline.data.latents import LatentStore
-from ray_pipeline.data.plan import SamplePlan
-from ray_pipeline.diffusion.noise import variants
+from ray_pipeline.data.mixture import Mixture
+from ray_pipeline.data.tile_source import TileSource
 
-#: a gather task hands on about so much at once
-_BLOCK_BYTES = 16 * 2**20
-_MAX_BLOCKS = 2000
+#: a chunk of stored latents holds about so much: a chunk costs Ray the same 30 ms of two cores whatever its size
+_CHUNK_BYTES = 64 * 2**20
+#: chunks of a Ray task; several, so that an actor goes on without waiting for the driver. More where a phase would
+#: have too many tasks, which Ray lists before the first
+_TASK_CHUNKS = 4
+_MAX_TASKS = 2000
+
+#: logical CPUs of a gather actor; one that runs the autoencoder takes more
+GATHER_CPUS = 0.05
+ENCODER_CPUS = 1.0
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What one rank streams: `rows` maps the plan's ids to rows of the store."""
+    """What one rank streams: the mixture's rows of `source`, with these hints, from `workers` actors."""
 
-    plan: SamplePlan
-    store: LatentStore
-    rows: np.ndarray
+    mixture: Mixture
+    source: LatentStore | TileSource
     hints: tuple[str, ...]
     rank: int
     world_size: int
     name: str
     workers: int = 1
+    gpus_per_worker: float = 0.0
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the actors run the autoencoder."""
+        return isinstance(self.source, TileSource)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Steps first to last - 1, cut into chunks of `steps` steps each; the last may be shorter."""
+
+    first: int
+    last: int
+    steps: int
+
+    def __len__(self) -> int:
+        return -(-(self.last - self.first) // self.steps)
+
+    def __getitem__(self, number: int) -> range:
+        start = self.first + number * self.steps
+        return range(start, min(start + self.steps, self.last))
 
 
 class Gather:
-    """Ray actor: steps -> the rank's rows of those steps, with their indices in the endless sequence."""
+    """Ray actor: number of a chunk -> its rows, with their indices in the endless sequence."""
 
-    def __init__(self, settings: StreamSettings):
-        self.settings = settings
+    def __init__(self, settings: StreamSettings, chunks: Chunks):
+        self.settings, self.chunks = settings, chunks
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        s = self.settings
-        index = np.concatenate([s.plan.positions(int(step), s.rank, s.world_size) for step in batch["id"]])
-        chosen = variants(s.plan.seed, s.plan.phase, index, s.store.variants) if s.store.variants > 1 else None
-        return {"index": index, **s.store.gather(s.rows[s.plan.ids(index)], chosen, s.hints)}
+        s, plan = self.settings, self.settings.mixture.plan
+        steps = self.chunks[int(batch["id"][0])]
+        index = np.concatenate([plan.positions(step, s.rank, s.world_size) for step in steps])
+        rows, simulated = s.mixture.rows(index)
+        gathered = s.source.gather(rows, plan.variants(index, s.source.variants), s.hints, simulated)
+        return {name: values[None] for name, values in ({"index": index} | gathered).items()}
 
 
 def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yield (step, {"index", "latent", "hint.<name>"}) for steps first_step to last_step - 1, in this order.
 
-    Raises RuntimeError if the rows that arrive are not the planned ones.
+    Arrays are read-only. Raises RuntimeError if the rows that arrive are not the planned ones.
     """
     if first_step >= last_step:
         return
+    chunks = Chunks(first_step, last_step, _chunk_steps(settings, last_step - first_step))
     # closed with the stream: its actors would go on reading
-    with closing(_blocks(settings, first_step, last_step)) as blocks:
-        yield from _rebatch(blocks, settings, first_step, last_step)
+    with closing(_arriving(settings, chunks)) as arriving:
+        for number in range(len(chunks)):
+            chunk = next(arriving, None)
+            if chunk is None:
+                raise RuntimeError(f"the data stream ended before step {chunks[number].start} of {last_step}")
+            yield from _cut(chunk, settings, chunks[number])
 
 
-def _blocks(settings: StreamSettings, first_step: int, last_step: int) -> Iterator[dict[str, np.ndarray]]:
-    row_bytes = 2 * int(np.prod(settings.store.shape)) * (1 + len(settings.hints))
-    step_bytes = row_bytes * -(-settings.plan.global_batch // settings.world_size)
-    steps = last_step - first_step
-    steps_per_block = max(1, min(_BLOCK_BYTES // step_bytes, steps // settings.workers))
-    context = ray.data.DataContext.get_current()
+def _chunk_steps(settings: StreamSettings, steps: int) -> int:
+    """Steps of a chunk. An actor that encodes takes one, so that a step is always encoded in the same batches."""
+    if settings.encodes:
+        return 1
+    row_bytes = 2 * int(np.prod(settings.source.shape)) * (1 + len(settings.hints))
+    step_bytes = row_bytes * -(-settings.mixture.plan.global_batch // settings.world_size)
+    return max(1, min(_CHUNK_BYTES // step_bytes, -(-steps // settings.workers)))
+
+
+def _arriving(settings: StreamSettings, chunks: Chunks) -> Iterator[dict[str, np.ndarray]]:
+    """Chunks in their order, as they come out of Ray Data."""
+    tasks = -(-len(chunks) // (1 if settings.encodes else _TASK_CHUNKS))
+    tasks = min(_MAX_TASKS, max(tasks, min(len(chunks), settings.workers)))
+    with _data_context():
+        dataset = ray.data.range(len(chunks), override_num_blocks=tasks)
+        dataset.set_name(settings.name)
+        gathered = dataset.map_batches(
+            Gather,
+            fn_constructor_args=(settings, chunks),
+            batch_size=1,
+            num_cpus=ENCODER_CPUS if settings.encodes else GATHER_CPUS,
+            num_gpus=settings.gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(size=settings.workers),
+        )
+    for batch in gathered.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+        yield {name: values[0] for name, values in batch.items()}
+
+
+def _data_context():
+    """Ray Data's settings for the data sets that are made within."""
+    context = ray.data.DataContext.get_current().copy()
     context.use_datasource_v2 = False  # its first batch takes 4 to 8 s, this one's 0.3 s
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    context.target_max_block_size = _BLOCK_BYTES
-    dataset = ray.data.range(steps, override_num_blocks=min(_MAX_BLOCKS, -(-steps // steps_per_block)))
-    dataset.set_name(settings.name)
-    gathered = dataset.map_batches(_Shifted(first_step), batch_size=None, num_cpus=0.05).map_batches(
-        Gather,
-        fn_constructor_args=(settings,),
-        batch_size=steps_per_block,
-        num_cpus=0.05,
-        compute=ray.data.ActorPoolStrategy(size=settings.workers),
-    )
-    yield from gathered.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+    context.target_max_block_size = 1  # every row, which is a chunk, is a block of its own
+    context.memory_usage_poll_interval_s = None
+    return ray.data.DataContext.current(context)
 
 
-class _Shifted:
-    """Range rows 0, 1, ... -> step numbers from `first`."""
-
-    def __init__(self, first: int):
-        self.first = first
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"id": batch["id"] + self.first}
-
-
-def _rebatch(
-    blocks: Iterator[dict[str, np.ndarray]], settings: StreamSettings, first_step: int, last_step: int
+def _cut(
+    chunk: dict[str, np.ndarray], settings: StreamSettings, steps: range
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Cut blocks of any size at the borders of steps and check them against the plan."""
-    held: list[dict[str, np.ndarray]] = []
-    for step in range(first_step, last_step):
-        planned = settings.plan.positions(step, settings.rank, settings.world_size)
-        while sum(len(block["index"]) for block in held) < len(planned):
-            block = next(blocks, None)
-            if block is None:
-                raise RuntimeError(f"the data stream ended before step {step}, expected {last_step - first_step} steps")
-            held.append(block)
-        joined = {key: _join([block[key] for block in held]) for key in held[0]}
-        batch = {key: values[: len(planned)] for key, values in joined.items()}
-        held = [{key: values[len(planned) :] for key, values in joined.items()}]
+    """Cut a chunk at the borders of its steps and check it against the plan."""
+    start = 0
+    for step in steps:
+        planned = settings.mixture.plan.positions(step, settings.rank, settings.world_size)
+        batch = {name: values[start : start + len(planned)] for name, values in chunk.items()}
         if not np.array_equal(batch["index"], planned):
             raise RuntimeError(f"the data stream gave other samples than planned at step {step}")
+        start += len(planned)
         yield step, batch
 
 
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+class ReadAhead(Iterator[Any]):
+    """Iterates `items` in a thread that starts at once and stays up to `depth` items ahead; its exceptions arrive
+    here."""
 
+    def __init__(self, items: Iterable[Any], depth: int = 2):
+        self._items = items
+        self._ready: queue.Queue = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._produce, daemon=True, name="read-ahead")
+        self._thread.start()
 
-def read_ahead(items: Iterable[Any], depth: int = 2) -> Iterator[Any]:
-    """Iterate `items` in a thread that stays up to `depth` items ahead; its exceptions arrive here."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
+    def __next__(self) -> Any:
+        if self._stopped.is_set():
+            raise StopIteration
+        kind, value = self._ready.get()
+        if kind == "item":
+            return value
+        self._stopped.set()
+        raise value
 
-    def put(item: tuple[str, Any]) -> bool:
-        while not stopped.is_set():
+    def close(self) -> None:
+        """End the thread and close what it reads."""
+        self._stopped.set()
+
+    def _produce(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(("item", item)):
+                    return
+            self._put(("end", StopIteration()))
+        except BaseException as error:
+            self._put(("end", error))
+        finally:
+            if hasattr(self._items, "close"):
+                self._items.close()
+
+    def _put(self, item: tuple[str, Any]) -> bool:
+        while not self._stopped.is_set():
             try:
-                ready.put(item, timeout=0.2)
+                self._ready.put(item, timeout=0.2)
                 return True
             except queue.Full:
                 continue
         return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put(("item", item)):
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-        finally:
-            if isinstance(items, Generator):
-                items.close()
-
-    thread = threading.Thread(target=produce, daemon=True, name="read-ahead")
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stopped.set()

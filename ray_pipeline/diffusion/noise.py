@@ -43,12 +43,6 @@ def draw(seed: int, phase: str, indices: Sequence[int], shape: Sequence[int], hi
     return draws
 
 
-def variants(seed: int, phase: str, indices: Sequence[int], count: int) -> np.ndarray:
-    """Augmentation variant (0 to count - 1) of each sample, (B,) int64."""
-    key = stream_key(seed, phase + "/variant")
-    return np.array([sample_generator(key, int(index)).integers(count) for index in indices], dtype=np.int64)
-
-
 def stream_key(seed: int, phase: str) -> int:
     """128-bit Philox key of a phase."""
     return int.from_bytes(hashlib.blake2b(repr((int(seed), phase)).encode(), digest_size=16).digest(), "little")

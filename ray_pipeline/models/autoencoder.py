@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ray_pipeline.errors import UserError
-
-#: pixels a latent covers along each axis
-DOWNSCALE = 8
+from ray_pipeline.models.architectures import DOWNSCALE as DOWNSCALE
 
 _CLASSES = ("AutoencoderTiny", "AutoencoderKL")
 

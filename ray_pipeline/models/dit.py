@@ -15,16 +15,8 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ray_pipeline.models.architectures import ARCHITECTURES as ARCHITECTURES
 from ray_pipeline.models.hint_control import AlignedHint, HintCache, aligned_tokens, attention_bias, present
-
-_SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
-
-#: name -> depth, hidden_size, num_heads, patch_size (Peebles & Xie 2023, Table 1)
-ARCHITECTURES: dict[str, dict[str, int]] = {
-    f"DiT-{size}/{patch}": {"depth": depth, "hidden_size": hidden, "num_heads": heads, "patch_size": patch}
-    for size, (depth, hidden, heads) in _SIZES.items()
-    for patch in (2, 4, 8)
-}
 
 #: c_noise = ln(sigma) / 4 of a clean image, taken at sigma_min = 0.002 (Karras et al. 2022)
 CLEAN_C_NOISE = math.log(0.002) / 4

@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.monitoring.phase_state import replace_file, utc_now
+from ray_pipeline.monitoring.phase_state import utc_now
+from ray_pipeline.storage import replace_file
 
 logger = logging.getLogger(__name__)
 

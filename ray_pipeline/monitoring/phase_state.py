@@ -1,6 +1,5 @@
 """Where a run stands: `phase_state.json`, replaced as a whole so that a reader never sees half of it."""
 
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -8,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.storage import replace_file
 
 HISTORY_LIMIT = 1000
 
@@ -15,25 +15,6 @@ HISTORY_LIMIT = 1000
 def utc_now() -> str:
     """Time of day as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def replace_file(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a kill, finds the old file or the new one, never a part.
-
-    Creates the folder. Raises OSError, and then the old file is still there and no temporary file is left.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class _Record(BaseModel):

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from ray_pipeline.monitoring.phase_state import replace_file
 from ray_pipeline.monitoring.progress import format_count
+from ray_pipeline.storage import replace_file
 
 INK, MUTED, GRID = "#22303c", "#7a8894", "#e3e8ec"
 BLUE, ORANGE, GREEN, VIOLET, RED = "#2369bd", "#d9822b", "#2e8b57", "#8e5bb5", "#c0392b"

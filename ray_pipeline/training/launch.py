@@ -16,12 +16,12 @@ import ray
 import ray.train
 import ray.train.torch
 
-from ray_pipeline.config import Config, RayConfig
+from ray_pipeline.config import Config
 from ray_pipeline.errors import UserError, find_user_error
 from ray_pipeline.monitoring.events import metrics_path
 from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.training.phase import job_values, train_phase
-from ray_pipeline.training.setup import PhaseJob
+from ray_pipeline.training.setup import PhaseJob, stream_cpus, stream_gpus, stream_workers
 
 #: environment of a training process on CPU. Freed blocks stay with the process (glibc's mallopt(3)) and are backed by
 #: huge pages: a step allocates the same gigabytes of activations and gradients again, and fresh small pages cost as
@@ -32,9 +32,6 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**26),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-
-#: logical CPUs for data tasks and actors, beside those that Train's workers take
-_DATA_CPUS = 2
 
 
 @contextmanager
@@ -56,7 +53,7 @@ def ray_session(config: Config, *, verbose: bool = False) -> Iterator[None]:
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     try:
         with nullcontext() if verbose else _silent_stderr():
-            _start_ray(settings, address, options)
+            _start_ray(config, address, options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"ray.address={settings.address}: Ray does not start or answer ({' '.join(str(error).split())[:300]}); "
@@ -68,7 +65,8 @@ def ray_session(config: Config, *, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start_ray(settings: RayConfig, address: str, options: dict) -> None:
+def _start_ray(config: Config, address: str, options: dict) -> None:
+    settings = config.ray
     if address != "local":
         ray.init(address=address, **options)
         return
@@ -76,7 +74,7 @@ def _start_ray(settings: RayConfig, address: str, options: dict) -> None:
     workers = math.ceil(settings.num_workers * settings.cpus_per_worker)
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, workers) + _DATA_CPUS,
+        num_cpus=max(os.cpu_count() or 1, workers) + math.ceil(stream_cpus(config)),
         include_dashboard=settings.dashboard,
         dashboard_host="127.0.0.1",
         **options,
@@ -105,18 +103,22 @@ def uses_gpu(config: Config) -> bool:
 
 
 def check_resources(config: Config) -> None:
-    """UserError when the running Ray can never hold all workers at once."""
+    """UserError when the running Ray can never hold all workers and their data streams at once."""
     settings, have = config.ray, ray.cluster_resources()
     need = {"CPU": settings.cpus_per_worker * settings.num_workers}
     if uses_gpu(config):
         need["GPU"] = settings.num_workers
     for name, amount in settings.resources_per_worker.items():
         need[name] = amount * settings.num_workers
+    # a stream that finds no room waits for ever, and its worker with it
+    need["CPU"] += stream_cpus(config)
+    if stream_gpus(config):
+        need["GPU"] = need.get("GPU", 0) + settings.num_workers * stream_workers(config) * stream_gpus(config)
     for name, amount in need.items():
         if have.get(name, 0) < amount:
             raise UserError(
-                f"ray.num_workers={settings.num_workers} needs {amount:g} {name}, but this Ray has "
-                f"{have.get(name, 0):g}; lower ray.num_workers or ray.resources_per_worker, or add nodes"
+                f"ray.num_workers={settings.num_workers} with its data streams needs {amount:g} {name}, but this Ray "
+                f"has {have.get(name, 0):g}; lower ray.num_workers or ray.resources_per_worker, or add nodes"
             )
 
 

@@ -11,12 +11,12 @@ import ray.train
 import torch
 import torch.distributed
 
-from ray_pipeline.data.stream import StreamSettings, read_ahead, stream
+from ray_pipeline.data.stream import ReadAhead, stream
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.events import StepEvent
 from ray_pipeline.training.pictures import draw_progress, draw_samples
 from ray_pipeline.training.records import PhaseRecords
-from ray_pipeline.training.setup import PhaseJob, PhaseRun, open_phase
+from ray_pipeline.training.setup import PhaseJob, PhaseRun, open_data, open_phase, stream_settings
 from ray_pipeline.training.step import StepResult, learning_rate, optimize, prepared, warm_up
 from ray_pipeline.training.validation import paired_gain, untrained_loss, validate
 
@@ -25,16 +25,19 @@ _UNTRAINED_TOLERANCE = 0.02
 
 def train_phase(job: dict) -> None:
     """Train what is left of a phase: resume is a start at a later step, so there is no other path."""
-    run = open_phase(PhaseJob(**job))
+    data = open_data(PhaseJob(**job))
     with ExitStack() as stack:
+        # first of all: Ray Data needs seconds to start, as building the network does
+        steps = ReadAhead(stream(stream_settings(data), data.first_step, data.total_steps))
+        stack.callback(steps.close)
+        batches = ReadAhead(prepared(data, steps))
+        stack.callback(batches.close)
+        run = open_phase(data)
         records = stack.enter_context(PhaseRecords(run)) if run.rank == 0 else None
         if run.state.step == 0:
             measure_untrained(run, records)
         warm_up(run)
         interval = Interval(run)
-        steps = stream(_stream_settings(run), run.state.step, run.total_steps)
-        batches = read_ahead(prepared(run, steps))
-        stack.callback(batches.close)
         while run.state.step < run.total_steps:
             started = time.perf_counter()
             step, micro = next(batches)
@@ -161,19 +164,6 @@ class Interval:
             )
             records.note_step()
         self.results, self.waited, self.seconds = [], 0.0, 0.0
-
-
-def _stream_settings(run: PhaseRun) -> StreamSettings:
-    return StreamSettings(
-        plan=run.plan,
-        store=run.train_store,
-        rows=run.rows,
-        hints=run.hints,
-        rank=run.rank,
-        world_size=run.world_size,
-        name=f"{run.phase.name}-rank{run.rank}",
-        workers=run.config.train.dataloader_workers,
-    )
 
 
 def job_values(job: PhaseJob) -> dict:

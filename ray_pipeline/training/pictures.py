@@ -10,13 +10,14 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from ray_pipeline.data.hints import PAIRED
+from ray_pipeline.data.listing import spread
 from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.diffusion.samplers import sample_euler
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.monitoring.events import EventLog, SampleEvent, read_events
-from ray_pipeline.monitoring.phase_state import replace_file
 from ray_pipeline.monitoring.plots import plot_progress, sample_grid
-from ray_pipeline.training.setup import PhaseRun, run_folder, spread
+from ray_pipeline.storage import replace_file
+from ray_pipeline.training.setup import PhaseRun, run_folder
 from ray_pipeline.training.step import stack_hints
 
 _DECODE_BATCH = 4
@@ -55,8 +56,8 @@ def draw_samples(run: PhaseRun, records: EventLog, epoch: int) -> Path:
     count = min(monitoring.num_samples, _PAIR_ROWS, len(run.val_rows)) if run.hints else monitoring.num_samples
     autoencoder = load_autoencoder(run.config.vae.pretrained, device=run.device, precision=run.config.vae.precision)
     noise = draw(run.config.seed, "samples", range(count), run.train_store.shape).noise
-    rows = spread(run.val_rows, count)
-    values = run.val_store.gather(rows, hints=run.hints)
+    shown = spread(np.arange(len(run.val_rows)), count)
+    values = run.val_store.gather(run.val_rows[shown], hints=run.hints, simulated=run.val_simulated[shown])
     samples = _decode(run, autoencoder, _sample(run, torch.from_numpy(noise), values))
     target = _decode(run, autoencoder, values["latent"])
     window = Window.of(target)

@@ -14,13 +14,21 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ray_pipeline.checkpoints import CheckpointStore, open_checkpoint
+from ray_pipeline.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
 from ray_pipeline.config import Config, PhaseConfig, parse_config
+from ray_pipeline.data.encode import STREAMED_TILES
+from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.data.latents import LatentStore
-from ray_pipeline.data.plan import SamplePlan
+from ray_pipeline.data.listing import spread
+from ray_pipeline.data.mixture import Mixture, make_mixture, validation_rows
+from ray_pipeline.data.plan import Plan
+from ray_pipeline.data.stream import ENCODER_CPUS, GATHER_CPUS, StreamSettings
+from ray_pipeline.data.tile_source import TileSource
+from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.diffusion.edm import EDM
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.dit import DiT, build_dit
+from ray_pipeline.storage import Folder
 from ray_pipeline.training.ema import EMA
 from ray_pipeline.training.state import TrainState, load_weights
 
@@ -38,8 +46,13 @@ class PhaseJob:
 
 
 @dataclass
-class PhaseRun:
-    """One worker's view of one phase."""
+class PhaseData:
+    """What one worker of a phase knows before it has a network.
+
+    train_store, val_store: stored latents, in data.mode tiles a sample of the training ones. source, mixture: what the
+    training samples are read from, and which of its rows make which batch. val_rows, val_simulated: the tiles that
+    every validation takes, and whether with simulated hints. newest: the checkpoint to go on from.
+    """
 
     job: PhaseJob
     config: Config
@@ -47,15 +60,23 @@ class PhaseRun:
     rank: int
     world_size: int
     device: torch.device
-    edm: EDM
-    plan: SamplePlan
     train_store: LatentStore
     val_store: LatentStore
-    rows: np.ndarray
+    source: LatentStore | TileSource
+    mixture: Mixture
     val_rows: np.ndarray
+    val_simulated: np.ndarray
     checkpoints: CheckpointStore
-    state: TrainState
-    model: nn.Module  # what runs the training passes: the network, compiled or not, under DDP when there are several
+    newest: Checkpoint | None
+
+    @property
+    def plan(self) -> Plan:
+        return self.mixture.plan
+
+    @property
+    def first_step(self) -> int:
+        """Steps that the newest checkpoint has behind it."""
+        return 0 if self.newest is None else self.newest.state["step"]
 
     @property
     def total_steps(self) -> int:
@@ -64,6 +85,16 @@ class PhaseRun:
     @property
     def hints(self) -> tuple[str, ...]:
         return self.phase.condition_types
+
+
+@dataclass
+class PhaseRun(PhaseData):
+    """One worker's view of one phase; model: what runs the training passes, the network, compiled or not, under DDP
+    when there are several workers."""
+
+    edm: EDM
+    state: TrainState
+    model: nn.Module
 
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast, or nothing in fp32."""
@@ -122,59 +153,85 @@ def make_optimizer(config: Config, network: nn.Module) -> torch.optim.AdamW:
     )
 
 
-def make_plan(config: Config, phase: PhaseConfig, num_samples: int) -> SamplePlan:
-    """The order of a phase's samples."""
-    window = config.data.shuffle_window
-    return SamplePlan(
-        num_samples=num_samples,
-        global_batch=config.train.global_batch,
-        seed=config.seed,
-        phase=phase.name,
-        shard_rows=config.data.shard_rows if window else None,
-        window=window,
-    )
-
-
-def open_phase(job: PhaseJob) -> PhaseRun:
-    """Build this worker's PhaseRun and restore the newest whole checkpoint, or begin from `job.init`."""
+def open_data(job: PhaseJob) -> PhaseData:
+    """Open the stores and find where to go on; UserError when they do not hold what the phase needs."""
     config = parse_config(job.config, source="the run's config")
     phase = config.phases[job.phase]
     context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    prepare_torch(config, device, context.get_local_world_size())
-    train_store = LatentStore.open(f"{job.latents}/train")
-    val_store = LatentStore.open(f"{job.latents}/val")
+    store = Folder(job.latents)
+    train_store, val_store = LatentStore.open(store.child("train")), LatentStore.open(store.child("val"))
     _check_hints(phase, train_store)
-    rows, val_rows = train_store.rows(phase.datasets), val_store.rows(phase.datasets)
-    for split, found in (("train", rows), ("val", val_rows)):
-        if not len(found):
-            raise UserError(f"phase {phase.name}: its data sets have no tile in split {split}; prepare some")
-    torch.manual_seed(config.seed)  # initial weights, the same on every rank
-    network = make_network(config, bool(phase.condition_types)).to(device)
+    source: LatentStore | TileSource = train_store
+    datasets = train_store.datasets
+    if config.data.mode == "tiles":
+        table = TileTable(store.child("train"), STREAMED_TILES)
+        source, datasets = TileSource(encode_job(config), table, stream_gpus(config) > 0), table.datasets
+    val_rows, val_simulated = validation_rows(phase, val_store.datasets, str(val_store.folder))
+    shown = spread(np.arange(len(val_rows)), config.monitoring.val_tiles)
     checkpoints = CheckpointStore(checkpoint_folder(job.run_dir))
-    newest = checkpoints.latest(phase.name)
-    if newest is None and job.init is not None:
-        load_weights(network, open_checkpoint(job.init))
-    state = TrainState(network=network, optimizer=make_optimizer(config, network), ema=make_ema(config, network))
-    if newest is not None:
-        state.restore(newest)
-    return PhaseRun(
+    return PhaseData(
         job=job,
         config=config,
         phase=phase,
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
-        device=device,
-        edm=make_edm(config),
-        plan=make_plan(config, phase, len(rows)),
+        device=ray.train.torch.get_device(),
         train_store=train_store,
         val_store=val_store,
-        rows=rows,
-        val_rows=spread(val_rows, config.monitoring.val_tiles),
+        source=source,
+        mixture=make_mixture(config, phase, datasets, str(train_store.folder)),
+        val_rows=val_rows[shown],
+        val_simulated=val_simulated[shown],
         checkpoints=checkpoints,
-        state=state,
-        model=_parallel(config, network, device, context.get_world_size()),
+        newest=checkpoints.latest(phase.name),
     )
+
+
+def open_phase(data: PhaseData) -> PhaseRun:
+    """Build network, optimizer and EMA, and restore the newest whole checkpoint, or begin from `job.init`."""
+    config, job = data.config, data.job
+    prepare_torch(config, data.device, ray.train.get_context().get_local_world_size())
+    torch.manual_seed(config.seed)  # initial weights, the same on every rank
+    network = make_network(config, bool(data.phase.condition_types)).to(data.device)
+    if data.newest is None and job.init is not None:
+        load_weights(network, open_checkpoint(job.init))
+    state = TrainState(network=network, optimizer=make_optimizer(config, network), ema=make_ema(config, network))
+    if data.newest is not None:
+        state.restore(data.newest)
+    model = _parallel(config, network, data.device, data.world_size)
+    return PhaseRun(**vars(data), edm=make_edm(config), state=state, model=model)
+
+
+def stream_settings(data: PhaseData) -> StreamSettings:
+    """What this rank streams in training."""
+    return StreamSettings(
+        mixture=data.mixture,
+        source=data.source,
+        hints=data.hints,
+        rank=data.rank,
+        world_size=data.world_size,
+        name=f"{data.phase.name}-rank{data.rank}",
+        workers=stream_workers(data.config),
+        gpus_per_worker=stream_gpus(data.config),
+    )
+
+
+def stream_workers(config: Config) -> int:
+    """Actors that feed one rank: those that gather, or in data.mode tiles the rank's share of those that encode."""
+    if config.data.mode == "latents":
+        return config.train.dataloader_workers
+    return max(1, (config.vae.actors or 0) // config.ray.num_workers)
+
+
+def stream_cpus(config: Config) -> float:
+    """Logical CPUs that the streams of all ranks take, beside those of the training workers."""
+    each = ENCODER_CPUS if config.data.mode == "tiles" else GATHER_CPUS
+    return config.ray.num_workers * stream_workers(config) * each
+
+
+def stream_gpus(config: Config) -> float:
+    """GPUs (or the share of one) of an actor that feeds a rank."""
+    return (config.vae.gpus_per_actor or 0.0) if config.data.mode == "tiles" else 0.0
 
 
 def run_folder(job: PhaseJob, *parts: str) -> Path:
@@ -214,10 +271,3 @@ def _check_hints(phase: PhaseConfig, store: LatentStore) -> None:
             f"phase {phase.name} needs the hint {missing[0]}, but {store.folder} holds "
             f"{', '.join(store.hint_names) or 'no hints'}; encode again with `ray-pipeline encode --overwrite`"
         )
-
-
-def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the rows, evenly spaced."""
-    if len(rows) <= count:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ray_pipeline.checkpoints import Checkpoint
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.dit import ARCHITECTURES, DiT
+from ray_pipeline.models.architectures import ARCHITECTURES
+from ray_pipeline.models.dit import DiT
 from ray_pipeline.training.ema import EMA
 
 OPTIMIZER_GROUP = "optimizer"

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.data.latents import LatentStats
 from ray_pipeline.diffusion.noise import draw, kept_hints
-from ray_pipeline.training.setup import PhaseRun
+from ray_pipeline.training.setup import PhaseData, PhaseRun
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class StepResult:
     grad_norm: float
 
 
-def micro_batches(run: PhaseRun, batch: dict[str, np.ndarray]) -> list[MicroBatch]:
+def micro_batches(data: PhaseData, batch: dict[str, np.ndarray]) -> list[MicroBatch]:
     """Cut a rank's slice of a global batch into micro-steps and add the randomness that belongs to its samples."""
-    size = run.config.train.batch_size
+    size = data.config.train.batch_size
     return [
-        _micro_batch(run, {key: values[start : start + size] for key, values in batch.items()})
+        _micro_batch(data, {key: values[start : start + size] for key, values in batch.items()})
         for start in range(0, len(batch["index"]), size)
     ]
 
@@ -125,13 +125,13 @@ def warm_up(run: PhaseRun) -> None:
         run.state.optimizer.zero_grad(set_to_none=True)
 
 
-def _micro_batch(run: PhaseRun, values: dict[str, np.ndarray]) -> MicroBatch:
-    sigma_data, stats = run.config.scheduler.sigma_data, run.train_store.stats
-    draws = draw(run.plan.seed, run.plan.phase, values["index"], run.train_store.shape, len(run.hints))
+def _micro_batch(data: PhaseData, values: dict[str, np.ndarray]) -> MicroBatch:
+    sigma_data, stats = data.config.scheduler.sigma_data, data.train_store.stats
+    draws = draw(data.plan.seed, data.plan.phase, values["index"], data.train_store.shape, len(data.hints))
     hints = mask = None
-    if run.hints:
-        hints = stack_hints(values, run.hints, stats, sigma_data)
-        mask = torch.from_numpy(kept_hints(draws, run.phase.condition_dropout))
+    if data.hints:
+        hints = stack_hints(values, data.hints, stats, sigma_data)
+        mask = torch.from_numpy(kept_hints(draws, data.phase.condition_dropout))
     return MicroBatch(
         x0=torch.from_numpy(stats.normalise(values["latent"], sigma_data)),
         noise=torch.from_numpy(draws.noise),
@@ -156,11 +156,11 @@ def _seed_dropout(run: PhaseRun, step: int, number: int) -> None:
         torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1)
 
 
-def prepared(run: PhaseRun, steps: Iterator[tuple[int, dict[str, np.ndarray]]]) -> Iterator[tuple[int, list]]:
+def prepared(data: PhaseData, steps: Iterator[tuple[int, dict[str, np.ndarray]]]) -> Iterator[tuple[int, list]]:
     """(step, micro-batches) for each step of the stream; pinned for a GPU."""
     for step, batch in steps:
-        batches = micro_batches(run, batch)
-        if run.device.type == "cuda":
+        batches = micro_batches(data, batch)
+        if data.device.type == "cuda":
             batches = [
                 MicroBatch(**{k: None if v is None else v.pin_memory() for k, v in vars(b).items()}) for b in batches
             ]

@@ -10,11 +10,12 @@ import torch
 import torch.distributed
 
 from ray_pipeline.data.latents import LatentStore
+from ray_pipeline.data.listing import spread
 from ray_pipeline.diffusion.noise import draw
-from ray_pipeline.training.setup import PhaseRun, spread
+from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import stack_hints
 
-_MAX_LEVELS = 1000  # noise of level l of tile i is number i * _MAX_LEVELS + l
+_MAX_LEVELS = 1000  # noise of level l of row i is number i * _MAX_LEVELS + l
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def paired_gain(right: Validation, shuffled: Validation) -> tuple[float, float]:
 def validate(run: PhaseRun, *, shuffled: bool = False) -> Validation:
     """Validation loss of the EMA weights; all ranks call it and get the same result.
 
-    With `shuffled`, each tile gets the hints of a tile half the set away.
+    With `shuffled`, each tile gets the hints of another one.
     """
     sigmas = run.edm.validation_sigmas(run.config.monitoring.val_noise_levels)
     tiles = run.val_rows
@@ -77,13 +78,19 @@ def _fill(run: PhaseRun, network, own: np.ndarray, sigmas, losses, shuffled: boo
     x0 = _tiles(run, run.val_store, run.val_rows[own])
     conditions = {}
     if run.hints:
-        source = (own + len(run.val_rows) // 2) % len(run.val_rows) if shuffled else own
-        values = run.val_store.gather(run.val_rows[source], hints=run.hints)
+        source = (own + _shift(len(run.val_rows)) * shuffled) % len(run.val_rows)
+        values = run.val_store.gather(run.val_rows[source], hints=run.hints, simulated=run.val_simulated[source])
         hints = stack_hints(values, run.hints, run.val_store.stats, run.config.scheduler.sigma_data)
         with run.autocast():
             conditions["hints"] = network.encode_hints(hints.to(run.device))
     for level in range(len(sigmas)):
-        losses[own, level] = _loss_at(run, network, x0, "validation", own, sigmas, level, **conditions)
+        losses[own, level] = _loss_at(run, network, x0, "validation", run.val_rows[own], sigmas, level, **conditions)
+
+
+def _shift(tiles: int) -> int:
+    """How far away the shuffled hints come from: far, and not a whole copy where a data set is in it two or three
+    times, with real and with simulated degradations."""
+    return max(1, 2 * tiles // 5)
 
 
 @torch.no_grad()
@@ -103,7 +110,7 @@ def untrained_loss(run: PhaseRun, limit: int = 1024) -> tuple[float, float]:
         taken = own[start : start + size]
         x0 = _tiles(run, run.train_store, tiles[taken])
         for level in range(len(sigmas)):
-            losses[taken, level] = _loss_at(run, network, x0, "untrained", taken, sigmas, level)
+            losses[taken, level] = _loss_at(run, network, x0, "untrained", tiles[taken], sigmas, level)
     network.train()
     if run.world_size > 1:
         torch.distributed.all_reduce(losses)
@@ -117,10 +124,10 @@ def _tiles(run: PhaseRun, store: LatentStore, rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(store.stats.normalise(latents, run.config.scheduler.sigma_data)).to(run.device)
 
 
-def _loss_at(run: PhaseRun, network, x0: torch.Tensor, purpose: str, tiles, sigmas, level: int, **conditions):
-    """Losses (B,) float64 at one noise level; the noise is keyed by purpose, tile and level alone, so that every
-    validation of a run sees the same."""
-    noise = draw(run.config.seed, purpose, tiles * _MAX_LEVELS + level, run.train_store.shape).noise
-    at = sigmas[level].float().to(run.device).expand(len(tiles))
+def _loss_at(run: PhaseRun, network, x0: torch.Tensor, purpose: str, rows, sigmas, level: int, **conditions):
+    """Losses (B,) float64 at one noise level; the noise is keyed by purpose, row and level alone, so that every
+    validation sees the same, however many tiles it takes."""
+    noise = draw(run.config.seed, purpose, rows * _MAX_LEVELS + level, run.train_store.shape).noise
+    at = sigmas[level].float().to(run.device).expand(len(rows))
     with run.autocast():
         return run.edm.loss(network, x0, at, torch.from_numpy(noise).to(run.device), **conditions).double()

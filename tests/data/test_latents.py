@@ -2,134 +2,221 @@
 
 import json
 import pickle
-from pathlib import Path
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from ray_pipeline.data.latents import FORMAT_VERSION, LatentStats, LatentStore, parse_stats, write_shard
+from ray_pipeline.data import latents
+from ray_pipeline.data.latents import FORMAT_VERSION, DataSet, LatentStats, LatentStore, parse_stats
+from ray_pipeline.data.shards import write_shard
 from ray_pipeline.errors import UserError
+from ray_pipeline.storage import Folder
 
 SHAPE = (4, 8, 8)
 SHARD_ROWS = (5, 1, 7, 3)
-HINTS = ("denoising", "canny")
+HINTS = ("super_resolution", "denoising", "canny")
+SIMULATED = ("denoising",)  # the one hint that also comes from the tile
+COLUMNS = ("latent", *(f"hint.{hint}" for hint in HINTS), "simulated.denoising")
 VARIANTS = 2
+ROWS = sum(SHARD_ROWS)
 
 
-def write_store(root: Path, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A store with a training split of four shards; returns all columns by name, each (16, C, H, W) fp16."""
-    names = [f"{name}@{k}" for k in range(VARIANTS) for name in ("latent", *(f"hint.{hint}" for hint in HINTS))]
+def name(number: int) -> str:
+    return f"shard-{number:05d}.npy"
+
+
+def write_store(root: Folder) -> dict[str, np.ndarray]:
+    """A store with a training split of four shards; returns all columns by name, each (16, variants, C, H, W) fp16."""
+    rng = np.random.default_rng(3)
     scale, shift = np.array([1, 3, 0.2, 7])[:, None, None], np.array([0, -2, 1, 5])[:, None, None]
-    values = {name: (rng.standard_normal((16, *SHAPE)) * scale + shift).astype(np.float16) for name in names}
-    folder = root / "train"
-    folder.mkdir(parents=True)
-    shards, start = [], 0
-    for number, rows in enumerate(SHARD_ROWS):
-        file = f"shard-{number:05d}.arrow"
-        columns = {name: column[start : start + rows] for name, column in values.items()}
-        shards.append({"file": file, "rows": rows, "sha256": write_shard(folder / file, columns)})
-        start += rows
+    values = (rng.standard_normal((ROWS, VARIANTS, len(COLUMNS), *SHAPE)) * scale + shift).astype(np.float16)
+    borders = np.cumsum([0, *SHARD_ROWS])
+    folder = root.child("train")
+    shards = [write_shard(folder, name(n), values[borders[n] : borders[n + 1]]) for n in range(len(SHARD_ROWS))]
     index = {
         "version": FORMAT_VERSION,
         "fingerprint": "f" * 64,
         "shape": SHAPE,
         "hints": HINTS,
+        "simulated": SIMULATED,
         "variants": VARIANTS,
-        "datasets": [{"name": "one", "start": 0, "count": 6}, {"name": "two", "start": 6, "count": 10}],
+        "datasets": [
+            {"name": "one", "start": 0, "count": 6, "partners": {"denoising": 2}},
+            {"name": "two", "start": 6, "count": 10, "partners": {}},
+        ],
         "shards": shards,
     }
-    (folder / "index.json").write_text(json.dumps(index))
-    latents = np.concatenate([values[f"latent@{k}"] for k in range(VARIANTS)]).astype(np.float64)
-    stats = LatentStats(latents.mean(axis=(0, 2, 3)), latents.std(axis=(0, 2, 3)), 16, "f" * 64)
-    (root / "stats.json").write_text(json.dumps(stats.as_json()))
-    return values
+    folder.write("index.json", json.dumps(index).encode())
+    plain = values[:, :, 0].astype(np.float64)
+    stats = LatentStats(plain.mean(axis=(0, 1, 3, 4)), plain.std(axis=(0, 1, 3, 4)), ROWS, "f" * 64)
+    root.write("stats.json", json.dumps(stats.as_json()).encode())
+    return {column: values[:, :, k] for k, column in enumerate(COLUMNS)}
+
+
+def change(folder: Folder, file: str, **changes) -> None:
+    folder.write(file, json.dumps(json.loads(folder.read(file)) | changes).encode())
+
+
+@dataclass
+class Written:
+    """A store and what was written to it."""
+
+    root: Folder
+    values: dict[str, np.ndarray]
+
+    @property
+    def train(self) -> Folder:
+        return self.root.child("train")
+
+    def open(self) -> LatentStore:
+        return LatentStore.open(self.root)
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request, tmp_path) -> Written:
+    root = Folder(tmp_path) if request.param == "local" else Folder(request.getfixturevalue("s3")).child(tmp_path.name)
+    return Written(root, write_store(root))
 
 
 @pytest.fixture
-def store(tmp_path) -> tuple[LatentStore, dict[str, np.ndarray]]:
-    values = write_store(tmp_path, np.random.default_rng(3))
-    return LatentStore.open(tmp_path), values
-
-
-def rewrite(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def local(tmp_path) -> Written:
+    return Written(Folder(tmp_path), write_store(Folder(tmp_path)))
 
 
 @pytest.mark.parametrize(
     "ids",
-    [[0], [15, 0, 5, 4, 6, 12, 13], list(range(16)), list(range(15, -1, -1)), [7, 7, 2, 7, 2], []],
+    [[0], [15, 0, 5, 4, 6, 12, 13], list(range(ROWS)), list(range(ROWS))[::-1], [7, 7, 2, 7, 2], []],
     ids=["one", "borders", "all", "backwards", "twice", "none"],
 )
 def test_gather_returns_the_rows_that_were_written_in_the_order_asked_for(store, ids):
-    opened, values = store
-    gathered = opened.gather(ids)
-    assert set(gathered) == {"latent", "hint.denoising", "hint.canny"}
-    for name, rows in gathered.items():
+    gathered = store.open().gather(ids)
+    assert list(gathered) == ["latent", *(f"hint.{hint}" for hint in HINTS)]
+    for column, rows in gathered.items():
         assert rows.dtype == np.float16
-        np.testing.assert_array_equal(rows, values[f"{name}@0"][ids].reshape(-1, *SHAPE))
+        assert rows.shape == (len(ids), *SHAPE)
+        np.testing.assert_array_equal(rows, store.values[column][ids, 0].reshape(-1, *SHAPE))
 
 
-def test_gather_takes_a_variant_for_each_row(store):
-    opened, values = store
-    rng = np.random.default_rng(0)
-    ids, variants = rng.integers(16, size=50), rng.integers(VARIANTS, size=50)
-    for name, rows in opened.gather(ids, variants).items():
-        both = np.stack([values[f"{name}@{k}"] for k in range(VARIANTS)])
-        np.testing.assert_array_equal(rows, both[variants, ids])
+def test_gather_takes_variant_and_hints_and_their_origin_for_each_row(store):
+    """All three at once, against plain indexing of what was written."""
+    opened, rng = store.open(), np.random.default_rng(0)
+    for hints in ((), ("canny",), ("denoising", "super_resolution"), HINTS[::-1], None):
+        ids, variants = rng.integers(ROWS, size=30), rng.integers(VARIANTS, size=30)
+        simulated = rng.random(30) < 0.5
+        gathered = opened.gather(ids, variants, hints, simulated)
+        chosen = HINTS if hints is None else hints
+        assert list(gathered) == ["latent", *(f"hint.{hint}" for hint in chosen)]
+        for column, rows in gathered.items():
+            expected = store.values[column][ids, variants]
+            if column == "hint.denoising":
+                made = store.values["simulated.denoising"][ids, variants]
+                expected = np.where(simulated[:, None, None, None], made, expected)
+            np.testing.assert_array_equal(rows, expected)
 
 
-def test_gather_reads_only_the_hints_asked_for(store):
-    opened, _ = store
-    assert list(opened.gather([1], hints=())) == ["latent"]
-    assert list(opened.gather([1], hints=("canny",))) == ["latent", "hint.canny"]
+def test_what_is_gathered_can_be_changed_and_is_of_the_callers_own(store):
+    opened = store.open()
+    for rows in opened.gather([3, 3]).values():
+        rows[0] = 0
+    np.testing.assert_array_equal(opened.gather([3])["latent"], store.values["latent"][[3], 0])
 
 
 @pytest.mark.parametrize("ids", [[16], [0, -1], [1000]])
 def test_an_id_outside_the_split_is_an_error_and_never_another_row(store, ids):
-    with pytest.raises(IndexError, match="16 rows"):
-        store[0].gather(ids)
+    with pytest.raises(IndexError, match=r"ids reach .* the split has 16"):
+        store.open().gather(ids)
 
 
-def test_more_shards_than_are_kept_open_are_read_right(tmp_path):
-    rng = np.random.default_rng(0)
-    values = write_store(tmp_path, rng)
-    index = json.loads((tmp_path / "train" / "index.json").read_text())
-    rewrite(tmp_path / "train" / "index.json", shards=index["shards"] * 30)
-    opened = LatentStore.open(tmp_path)
-    assert len(opened) == 480
-    ids = rng.permutation(480)
-    np.testing.assert_array_equal(opened.gather(ids)["latent"], values["latent@0"][ids % 16])
+@pytest.mark.parametrize("variants", [[0, 2], [-1, 0]])
+def test_a_variant_that_is_not_stored_is_an_error_and_never_another_row(store, variants):
+    with pytest.raises(IndexError, match=r"variants reach .* the split has 2"):
+        store.open().gather([1, 2], variants)
 
 
-def test_rows_of_data_sets_are_their_ranges(store):
-    opened, _ = store
-    assert opened.rows().tolist() == list(range(16))
-    assert opened.rows(["two"]).tolist() == list(range(6, 16))
-    assert opened.rows(["two", "one"]).tolist() == [*range(6, 16), *range(6)]
-    with pytest.raises(UserError, match=r"'three'.*holds one, two"):
-        opened.rows(["three"])
+def test_as_many_variants_and_flags_as_ids_are_wanted(store):
+    with pytest.raises(ValueError):
+        store.open().gather([1, 2], [0])
+    with pytest.raises(ValueError):
+        store.open().gather([1, 2], simulated=[True])
+
+
+def test_a_hint_that_is_not_stored_is_named(local):
+    with pytest.raises(UserError, match=r"no hint 'depth', its hints are super_resolution, denoising, canny.*encode"):
+        local.open().gather([1], hints=("canny", "depth"))
+
+
+def fetched(server, before: int) -> list[int]:
+    """Bytes of each range asked for since, the openings of files left out."""
+    ranges = [re.fullmatch(r"bytes=(\d+)-(\d+)", asked) for method, _, asked in server.requests[before:] if asked]
+    return [int(r[2]) - int(r[1]) + 1 for r in ranges]
+
+
+def test_of_a_remote_shard_only_what_is_asked_for_is_fetched(s3, s3_server, tmp_path):
+    root = Folder(s3).child(tmp_path.name)
+    write_store(root)
+    opened, latent = LatentStore.open(root), 2 * 4 * 8 * 8
+    opened.gather(range(ROWS), hints=())  # all shards are open from here on
+    for arguments, expected in (
+        ({"ids": [0, 8, 15], "hints": ()}, [latent] * 3),
+        ({"ids": [0, 8]}, [4 * latent] * 2),
+        ({"ids": [0, 8], "hints": ("super_resolution",)}, [2 * latent] * 2),
+        ({"ids": [4, 5], "variants": [1, 1], "simulated": [True, False]}, [4 * latent, 5 * latent]),
+        ({"ids": []}, []),
+    ):
+        before = len(s3_server.requests)
+        opened.gather(**arguments)
+        assert sorted(fetched(s3_server, before)) == expected
+        assert len(s3_server.requests) - before == len(expected)
+
+
+def test_only_shards_that_hold_the_rows_are_opened(store):
+    opened = store.open()
+    store.train.remove([name(1), name(3)])
+    np.testing.assert_array_equal(opened.gather([0, 7])["latent"], store.values["latent"][[0, 7], 0])
+
+
+@pytest.mark.parametrize("times", [8, 3])
+def test_more_shards_than_are_kept_open_are_read_right(store, monkeypatch, times):
+    monkeypatch.setattr(latents, "_OPEN_SHARDS", 2 * times)
+    index = json.loads(store.train.read("index.json"))
+    change(store.train, "index.json", shards=index["shards"] * times)
+    opened, rng = store.open(), np.random.default_rng(0)
+    assert len(opened) == ROWS * times
+    for batch in range(3):
+        ids = rng.permutation(ROWS * times)[: 40 * (batch + 1)]
+        np.testing.assert_array_equal(opened.gather(ids)["latent"], store.values["latent"][ids % ROWS, 0])
+        assert len(opened._opened) <= 2 * times
 
 
 def test_a_pickled_store_is_small_and_reads_the_same_rows(store):
-    opened, values = store
-    opened.gather(range(16))  # shards are open now, and must not travel
+    opened = store.open()
+    opened.gather(range(ROWS))  # shards are open now, and must not travel
     data = pickle.dumps(opened)
     assert len(data) < 4000
-    np.testing.assert_array_equal(pickle.loads(data).gather([3, 9])["latent"], values["latent@0"][[3, 9]])
+    np.testing.assert_array_equal(pickle.loads(data).gather([3, 9])["latent"], store.values["latent"][[3, 9], 0])
 
 
-def test_normalised_latents_have_zero_mean_and_std_sigma_data(store):
-    opened, values = store
-    stored = np.concatenate([values[f"latent@{k}"] for k in range(VARIANTS)])
+def test_the_index_tells_what_the_split_holds(local):
+    opened = local.open()
+    assert (len(opened), opened.shape, opened.variants) == (ROWS, SHAPE, VARIANTS)
+    assert (opened.hint_names, opened.columns) == (HINTS, COLUMNS)
+    assert opened.datasets == (DataSet("one", 0, 6, {"denoising": 2}), DataSet("two", 6, 10, {}))
+
+
+def test_normalised_latents_have_zero_mean_and_std_sigma_data(local):
+    stored = local.values["latent"].reshape(-1, *SHAPE)
     for sigma_data in (0.5, 1.0):
-        normal = opened.stats.normalise(stored, sigma_data)
+        normal = local.open().stats.normalise(stored, sigma_data)
         assert normal.dtype == np.float32
         np.testing.assert_allclose(normal.mean(axis=(0, 2, 3), dtype=np.float64), 0, atol=1e-5)
         np.testing.assert_allclose(normal.std(axis=(0, 2, 3), dtype=np.float64), sigma_data, rtol=1e-5)
 
 
-def test_denormalise_is_the_inverse_of_normalise(store):
-    stats, values = store[0].stats, store[1]["latent@0"]
+def test_denormalise_is_the_inverse_of_normalise(local):
+    stats, values = local.open().stats, local.values["latent"][:, 0]
     back = stats.denormalise(stats.normalise(values, 0.5), 0.5)
     np.testing.assert_allclose(back, values.astype(np.float32), rtol=1e-5, atol=1e-5)
     # hints have one axis more
@@ -145,112 +232,109 @@ def test_statistics_survive_json():
     assert (back.count, back.fingerprint) == (7, "ab")
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2000])
+def remove(folder: Folder, file: str) -> None:
+    folder.remove([file])
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
+def truncate(folder: Folder, file: str) -> None:
+    folder.write(file, folder.read(file)[:-2000])
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
+def lengthen(folder: Folder, file: str) -> None:
+    folder.write(file, folder.read(file) + b"\0")
+
+
+def empty(folder: Folder, file: str) -> None:
+    folder.write(file)
+
+
+def flip(folder: Folder, file: str) -> None:
+    data = bytearray(folder.read(file))
     data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    folder.write(file, data)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, truncate, empty, flip])
-def test_verify_names_the_shard_that_is_not_as_written(store, damage):
-    opened, _ = store
+def flip_in_header(folder: Folder, file: str) -> None:
+    data = bytearray(folder.read(file))
+    data[data.index(b"(7, 2,") + 1] ^= 1
+    folder.write(file, data)
+
+
+Damage = Callable[[Folder, str], None]
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, lengthen, empty, flip, flip_in_header])
+def test_verify_names_the_shard_that_is_not_as_written(store, damage: Damage):
+    opened = store.open()
     assert opened.verify() == []
-    damage(opened.folder / "shard-00002.arrow")
-    assert opened.verify() == ["shard-00002.arrow"]
+    damage(store.train, name(2))
+    assert opened.verify() == [name(2)]
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, truncate, empty])
-def test_a_shard_that_is_gone_or_cut_short_is_named_when_it_is_read(store, damage):
-    opened, values = store
+@pytest.mark.parametrize("damage", [remove, truncate, lengthen, empty, flip_in_header])
+def test_a_damaged_shard_is_named_when_it_is_read_and_the_others_are_not_lost(store, damage: Damage):
+    opened = store.open()
     assert opened.missing() == []
-    damage(opened.folder / "shard-00002.arrow")
-    assert opened.missing() == ["shard-00002.arrow"]
-    with pytest.raises(UserError, match=r"shard-00002\.arrow .*encode --overwrite"):
-        opened.gather([0, 7])
-    np.testing.assert_array_equal(opened.gather([0, 15])["latent"], values["latent@0"][[0, 15]])
+    damage(store.train, name(2))
+    assert opened.missing() == ([] if damage is flip_in_header else [name(2)])
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{store.train.where(name(2))} is .*damaged.*encode --overwrite"):
+            opened.gather([0, 7])
+    np.testing.assert_array_equal(opened.gather([0, 15])["latent"], store.values["latent"][[0, 15], 0])
 
 
-@pytest.mark.parametrize(
-    ("columns", "said"),
-    [
-        ({"rows": 4}, "has 4 rows, expected 7"),
-        ({"names": ("latent@0", "latent@1")}, "lacks column hint.denoising@0"),
-        ({"side": 4}, "lacks column latent@0"),
-    ],
-)
-def test_a_shard_of_another_layout_is_named(store, columns, said):
-    opened, _ = store
-    names = columns.get("names", [f"{n}@{k}" for k in (0, 1) for n in ("latent", "hint.denoising", "hint.canny")])
-    side = columns.get("side", 8)
-    rows = np.zeros((columns.get("rows", 7), 4, side, side), np.float16)
-    write_shard(opened.folder / "shard-00002.arrow", dict.fromkeys(names, rows))
-    with pytest.raises(UserError, match=rf"shard-00002\.arrow.*{said}"):
-        opened.gather([7])
+def test_what_is_missing_is_told_without_reading_a_shard(s3, s3_server, tmp_path):
+    root = Folder(s3).child(tmp_path.name)
+    write_store(root)
+    opened, before = LatentStore.open(root), len(s3_server.requests)
+    assert opened.missing() == []
+    assert len(s3_server.requests) - before == 1
 
 
-def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
-    rows = np.ones((3, *SHAPE), np.float16)
-    digest = write_shard(tmp_path / "shard-00000.arrow", {"latent@0": rows})
-    assert write_shard(tmp_path / "again.arrow", {"latent@0": rows}) == digest
-    before = (tmp_path / "shard-00000.arrow").read_bytes()
-    with pytest.raises(ValueError):  # columns of different length: writing fails half way
-        write_shard(tmp_path / "shard-00000.arrow", {"latent@0": rows, "hint.canny@0": rows[:2]})
-    assert (tmp_path / "shard-00000.arrow").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.arrow", "shard-00000.arrow"]
-
-
-def test_a_reader_keeps_its_rows_while_a_shard_is_replaced(store):
-    opened, values = store
-    opened.gather([7])
-    columns = {name: np.zeros_like(column[6:13]) for name, column in values.items()}
-    write_shard(opened.folder / "shard-00002.arrow", columns)
-    np.testing.assert_array_equal(opened.gather([7])["latent"], values["latent@0"][[7]])
-
-
-def test_the_training_split_is_what_a_store_opens_as(tmp_path):
-    write_store(tmp_path, np.random.default_rng(0))
-    assert LatentStore.open(tmp_path).folder == LatentStore.open(tmp_path / "train").folder == tmp_path / "train"
+def test_the_training_split_is_what_a_store_opens_as(store):
+    assert store.open().folder.location == LatentStore.open(store.train).folder.location == store.train.location
+    assert LatentStore.open(store.root.location).folder.location == store.train.location
 
 
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
         ("train/index.json", None, "index.json is missing"),
-        ("train/index.json", "{", "index.json is not valid JSON"),
-        ("train/index.json", "[]", "index.json lacks"),
+        ("train/index.json", b"{", "index.json is not valid JSON"),
+        ("train/index.json", b"[]", "index.json lacks"),
         ("stats.json", None, "stats.json is missing"),
-        ("stats.json", "\xff", "stats.json is not valid JSON"),
-        ("stats.json", '{"mean": [1]}', "stats.json lacks"),
-        ("stats.json", '{"mean": ["x"], "std": [1], "count": 1, "fingerprint": "a"}', "does not hold statistics"),
+        ("stats.json", b"\xff", "stats.json is not valid JSON"),
+        ("stats.json", b'{"mean": [1]}', "stats.json lacks"),
+        ("stats.json", b'{"mean": ["x"], "std": [1], "count": 1, "fingerprint": "a"}', "does not hold statistics"),
     ],
 )
-def test_a_damaged_store_is_named_and_the_remedy_told(tmp_path, file, content, said):
-    write_store(tmp_path, np.random.default_rng(0))
+def test_a_damaged_store_is_named_and_the_remedy_told(store, file, content, said):
     if content is None:
-        (tmp_path / file).unlink()
+        store.root.remove([file])
     else:
-        (tmp_path / file).write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match=rf"{said}.*ray-pipeline encode"):
-        LatentStore.open(tmp_path / "train")
+        store.root.write(file, content)
+    with pytest.raises(UserError, match=rf"{store.root.where('')}.*{said}.*ray-pipeline encode"):
+        LatentStore.open(store.train)
 
 
-def test_a_store_of_another_format_version_is_refused(tmp_path):
-    write_store(tmp_path, np.random.default_rng(0))
-    rewrite(tmp_path / "train" / "index.json", version=99)
-    with pytest.raises(UserError, match="version 99, expected 1"):
-        LatentStore.open(tmp_path)
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_store_of_another_format_version_is_refused(local, version):
+    # of another version are its other keys, too
+    local.train.write("index.json", json.dumps({"version": version, "shards": []}).encode())
+    with pytest.raises(UserError, match=rf"index\.json has version {version}, expected {FORMAT_VERSION}.*encode"):
+        local.open()
 
 
-def test_shards_and_statistics_of_different_encodes_are_never_read_together(tmp_path):
-    write_store(tmp_path, np.random.default_rng(0))
-    rewrite(tmp_path / "stats.json", fingerprint="e" * 64)
+def test_shards_and_statistics_of_different_encodes_are_never_read_together(store):
+    change(store.root, "stats.json", fingerprint="e" * 64)
     with pytest.raises(UserError, match="other tiles or settings"):
-        LatentStore.open(tmp_path)
+        store.open()
+
+
+def test_a_store_that_must_not_be_read_is_not_called_damaged(s3_server):
+    uri = s3_server.make_bucket("locked")
+    write_store(Folder(uri))
+    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:*", "Resource": ["arn:aws:s3:::locked/*"]}
+    s3_server.make_bucket("locked", {"Version": "2012-10-17", "Statement": [deny]})
+    with pytest.raises(UserError, match=r"s3://locked/index\.json cannot be used .*ACCESS_DENIED.*credentials"):
+        LatentStore.open(uri)

@@ -1,0 +1,61 @@
+"""Latents of tiles that are encoded when they are asked for: what data.mode tiles reads in the place of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ray_pipeline.data.encode_job import EncodeJob
+from ray_pipeline.data.tile_table import TileTable
+
+
+class TileSource:
+    """Rows of a table of tiles, encoded as `LatentStore` would have stored them. Cheap to pickle: the autoencoder is
+    loaded where it is used."""
+
+    def __init__(self, job: EncodeJob, table: TileTable, use_gpu: bool = False):
+        self.job, self.table, self.use_gpu = job, table, use_gpu
+        self._encoder = None
+
+    def __reduce__(self):
+        return TileSource, (self.job, self.table, self.use_gpu)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        return self.job.shape
+
+    @property
+    def variants(self) -> int:
+        """Augmentation variants of every row."""
+        return self.job.variants
+
+    def gather(
+        self, ids: Sequence[int], variants: Sequence[int], hints: Sequence[str], simulated: Sequence[bool]
+    ) -> dict[str, np.ndarray]:
+        """Rows `ids` -> {"latent": (B, C, H, W) fp16, "hint.<name>": same}; arguments as in `LatentStore.gather`.
+
+        Equal calls give equal bits; another batch around a row may change its last bit of fp16.
+        """
+        # torch and the autoencoder take seconds to import, which actors that only gather stored rows can spare
+        import torch
+
+        from ray_pipeline.data.tile_encoder import Request, TileEncoder
+
+        if self._encoder is None:
+            torch.set_num_threads(1)
+            self._encoder = TileEncoder(self.job, self.use_gpu)
+        requests = [
+            Request(row, (int(variant),), ["latent", *(self._column(hint, made) for hint in hints)])
+            for row, variant, made in zip(self.table.rows(ids), variants, simulated, strict=True)
+        ]
+        values = self._encoder.encode(requests)
+        names = ("latent", *(f"hint.{hint}" for hint in hints))
+        return {name: np.ascontiguousarray(values[:, 0, column]) for column, name in enumerate(names)}
+
+    def _column(self, hint: str, simulated: bool) -> str:
+        return f"simulated.{hint}" if simulated and hint in self.job.simulated else f"hint.{hint}"

@@ -1,0 +1,194 @@
+"""Folders on a local disk, NFS or in object storage through pyarrow.fs; files appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow as pa
+from pyarrow import fs
+
+from ray_pipeline.errors import UserError
+
+Data = bytes | bytearray | memoryview
+
+
+def is_uri(text: str) -> bool:
+    """Whether a location is a URI such as s3://bucket/folder, and not a path."""
+    return "://" in text
+
+
+class Folder:
+    """A folder given by a path or a URI that pyarrow opens (s3://bucket/folder, gs://..., file:///...).
+
+    Cheap to pickle: the connection is made where it is used. Credentials come from the environment alone. What the
+    disk, the network or the service refuses is a UserError that names the file; one that is not there is a
+    FileNotFoundError.
+    """
+
+    def __init__(self, location: str | Path):
+        text = str(location)
+        if not is_uri(text):
+            self.location = str(Path(text).expanduser().absolute())
+            return
+        base, mark, query = text.partition("?")
+        if re.match(r"[^:]+://[^/:@]*:[^@]*@", base):  # it would be printed, logged and pickled
+            raise UserError(
+                f"the location in {base.rpartition('@')[2]} holds a password; leave it out and give it in the "
+                "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
+            )
+        self.location = base.rstrip("/") + mark + query
+
+    def __reduce__(self):
+        return Folder, (self.location,)
+
+    def __str__(self) -> str:
+        return self.location
+
+    @cached_property
+    def _opened(self) -> tuple[fs.FileSystem, str]:
+        if not is_uri(self.location):
+            return fs.LocalFileSystem(), self.location
+        try:
+            return fs.FileSystem.from_uri(self.location)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(
+                f"{self.location} is no location that pyarrow opens ({' '.join(str(error).split())[:200]}); give a "
+                "path or a URI such as s3://bucket/folder"
+            ) from None
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a path of this machine, None in object storage."""
+        filesystem, path = self._opened
+        return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
+
+    def child(self, *names: str) -> Folder:
+        """The folder below; a URI's query stays behind it."""
+        if not is_uri(self.location):
+            return Folder(Path(self.location, *names))
+        base, mark, query = self.location.partition("?")
+        return Folder("/".join([base, *map(quote, names)]) + mark + query)
+
+    @property
+    def parent(self) -> Folder:
+        """The folder above; of a bucket the bucket itself."""
+        if not is_uri(self.location):
+            return Folder(Path(self.location).parent)
+        base, mark, query = self.location.partition("?")
+        above, _, name = base.rpartition("/")
+        return self if not name or above.endswith("/") else Folder(above + mark + query)
+
+    def where(self, name: str) -> str:
+        """Location of a file in words, for messages."""
+        return f"{self.location.partition('?')[0] if is_uri(self.location) else self.location}/{name}"
+
+    def size(self, name: str) -> int:
+        """Bytes of a file, -1 where there is none."""
+        with self.reaching(name):
+            found = self._opened[0].get_file_info(self._path(name))
+        return found.size if found.type == fs.FileType.File else -1
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file in this folder by name, sorted; none where the folder is not there."""
+        filesystem, path = self._opened
+        with self.reaching():
+            listed = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return dict(sorted((info.base_name, info.size) for info in listed if info.type == fs.FileType.File))
+
+    def names(self) -> list[str]:
+        """Names of the files in this folder, sorted; none where the folder is not there."""
+        return list(self.sizes())
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file; FileNotFoundError where there is none."""
+        with self.reaching(name), self.open(name) as file:
+            return file.read()
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A file for random access; FileNotFoundError where there is none. What it reads wants `reaching` around it."""
+        with self.reaching(name):
+            return self._opened[0].open_input_file(self._path(name))
+
+    def write(self, name: str, *parts: Data) -> None:
+        """Write a file from its parts: a reader, or a kill, finds the old one or the new one, never a piece.
+
+        A local write that fails leaves the old file, one to object storage may leave none.
+        """
+        with self.reaching(name):
+            if self.local is not None:
+                replace_file(self.local / name, *parts)
+            else:
+                self._upload(self._path(name), parts)
+
+    def _upload(self, path: str, parts: Iterable[Data]) -> None:
+        filesystem, _ = self._opened
+        stream = filesystem.open_output_stream(path)  # the object is there once this is closed
+        try:
+            for part in parts:
+                stream.write(part)
+        except BaseException:
+            # pyarrow cannot give an upload up: closing it, or dropping it, makes an object of what was written
+            with suppress(OSError, pa.ArrowException):
+                stream.close()
+                filesystem.delete_file(path)
+            raise
+        stream.close()
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete files that are there."""
+        for name in names:
+            with self.reaching(name), suppress(FileNotFoundError):
+                self._opened[0].delete_file(self._path(name))
+
+    @contextmanager
+    def reaching(self, name: str = "") -> Iterator[None]:
+        """Make a UserError that names the file of what goes wrong within; a FileNotFoundError stays one."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            remedy = (
+                "check the path, its permissions and the free space"
+                if self.local is not None
+                else "check the location, the credentials in the environment and the network"
+            )
+            raise UserError(f"{self.where(name).rstrip('/')} cannot be used ({_reason(error)}); {remedy}") from error
+
+    def _path(self, name: str) -> str:
+        return f"{self._opened[1].rstrip('/')}/{name}"
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, of pyarrow's several sentences the one that says it."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    text = " ".join(str(error).split())
+    of_service = re.search(r"AWS Error .*?(?=\.? \(Request ID|\.?$)", text)
+    return (of_service[0] if of_service else text)[:200]
+
+
+def replace_file(path: str | Path, *parts: Data) -> None:
+    """Write bytes to `path` so that a reader, or a kill, finds the old file or the new one, never a part.
+
+    Creates the folder. Raises OSError, and then the old file is still there and no temporary file is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
