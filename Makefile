@@ -24,6 +24,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 bench: $(STAMP)  ## full-size figures; needs 16 GB of free memory and nothing else running
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,bench]"
+	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/latent_formats.py
+	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/step.py
 
 clean-demo:

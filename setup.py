@@ -38,10 +38,8 @@ setup(
         "huggingface-hub>=0.23",
     ],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.6", "psutil>=5.9"],
-        "wandb": ["wandb>=0.17"],
-        "s3": ["s3fs>=2024.2"],
-        "depth": ["transformers>=4.41"],
+        "dev": ["pytest>=8", "ruff>=0.6", "psutil>=5.9", "moto[s3]>=5", "flask>=3", "flask-cors>=4"],
+        "bench": ["streaming-community>=0.12"],  # MosaicML Streaming's maintained fork, to compare with
     },
     entry_points={"console_scripts": ["ray-pipeline=ray_pipeline.cli:main"]},
 )

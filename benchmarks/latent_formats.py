@@ -3,9 +3,10 @@
 The same latents, a tile and four hints of 4 x 64 x 64 fp16 a row, are written as
     npy         our shards, (rows, 1, 5, 4, 64, 64), read by LatentStore.gather
     arrow       Arrow IPC, a fixed-size binary column a latent, one record batch a shard; memory-mapped on a disk
-    arrow-8     the same in record batches of 8 rows
+    arrow-8     the same in record batches of 8 rows, of which only those needed are read
     parquet-8   uncompressed Parquet in row groups of 8 rows, of which only those needed are read
     parquet-64  the same with 64 rows
+    mapped      our shards through numpy.load(mmap_mode="r")
 and gathered in random batches: "hints" is what Phase 2 reads, "latent" what Phase 1 reads. "cold" drops the files from
 the page cache and opens them anew before each batch; "in order" reads whole shards, one after the other, cold. A real
 store holds far more rows than this one, so a row group then serves fewer rows of a batch than it does here.
@@ -14,7 +15,7 @@ With moto installed (the dev extras have it) the formats are then read from an S
 process of its own, each with as many requests at once as it can make. There the requests and bytes a row matter, which
 is what a real service takes time for; the server is written in Python and slow.
 
-    python benchmarks/latent_formats.py --folder /data/scratch     # 840 MB there while it runs
+    python benchmarks/latent_formats.py --folder /data/scratch     # 1 GB there while it runs
     python benchmarks/latent_formats.py --rows 256 --rounds 2
 """
 
@@ -47,8 +48,7 @@ SHAPE = (4, 64, 64)
 WIDTH = 2 * 4 * 64 * 64
 HINTS = ("super_resolution", "denoising", "canny", "depth")
 COLUMNS = column_names(HINTS, ())
-S3_SHARDS, S3_BATCH, S3_BATCHES = 4, 32, 3
-CONNECTIONS = 32
+S3_SHARDS, S3_SHARD_ROWS, S3_BATCH, S3_BATCHES = 4, 128, 32, 3
 SEED = 0
 
 #: (ids, columns) -> (B, C, H, W) fp16 of each of the first columns
@@ -76,8 +76,30 @@ class Npy:
         return lambda ids, columns: list(store.gather(ids, hints=HINTS[: columns - 1]).values())
 
 
+class Mapped(Npy):
+    """Our shards, memory-mapped by numpy."""
+
+    name = "mapped"
+
+    def open(self, folder: Folder, shard_rows: int) -> Gather:
+        train, opened = folder.child("train").local, {}
+
+        def gather(ids: np.ndarray, columns: int) -> list[np.ndarray]:
+            for number in set((ids // shard_rows).tolist()) - opened.keys():
+                opened[number] = np.load(train / f"{number}.npy", mmap_mode="r").view(np.ndarray)
+            out = [np.empty((len(ids), *SHAPE), np.float16) for _ in range(columns)]
+            for place, (number, row) in enumerate(
+                zip(*(part.tolist() for part in np.divmod(ids, shard_rows)), strict=True)
+            ):
+                for column, values in enumerate(out):
+                    values[place] = opened[number][row, 0, column]
+            return out
+
+        return gather
+
+
 class Blocks:
-    """Arrow IPC or Parquet: files of columns in blocks of rows (record batches, row groups) that are read one by one."""
+    """Arrow IPC or Parquet: columns in blocks of rows (record batches, row groups), which are read one by one."""
 
     def __init__(self, kind: str, block_rows: int | None):
         self.name = kind if block_rows is None else f"{kind}-{block_rows}"
@@ -111,11 +133,8 @@ class Blocks:
             blocks, position = np.unique(ids // block_rows, return_inverse=True)
             shards, inside = np.divmod(blocks, shard_rows // block_rows)
             wanted = [(int(number), inside[shards == number].tolist()) for number in np.unique(shards)]
-            if folder.local is not None:
-                tables = [fetch(place, columns) for place in wanted]
-            else:
-                with ThreadPoolExecutor(CONNECTIONS) as pool:
-                    tables = list(pool.map(lambda place: fetch(place, columns), wanted))
+            with ThreadPoolExecutor(4 if folder.local is not None else 32) as pool:
+                tables = list(pool.map(lambda place: fetch(place, columns), wanted))
             rows = position * block_rows + ids % block_rows
             return [_take(pa.concat_tables(tables).column(k).chunks, rows) for k in range(columns)]
 
@@ -123,16 +142,21 @@ class Blocks:
 
     def _reader(self, folder: Folder, name: str, columns: int) -> Callable[[list[int]], pa.Table]:
         """Blocks of one file by their numbers."""
-        file = folder.open(name) if folder.local is None else pa.memory_map(str(folder.local / name))
+        mapped = folder.local is not None and self.block_rows is None
+        file = pa.memory_map(str(folder.local / name)) if mapped else folder.open(name)
         if self.kind == "arrow":
             reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=list(range(columns))))
+            if mapped:
+                whole = [reader.get_batch(block) for block in range(reader.num_record_batches)]
+                return lambda blocks: pa.Table.from_batches([whole[block] for block in blocks])
             return lambda blocks: pa.Table.from_batches([reader.get_batch(block) for block in blocks])
         parquet = pq.ParquetFile(file, pre_buffer=folder.local is None)
         names = list(COLUMNS[:columns])
         return lambda blocks: parquet.read_row_groups(blocks, columns=names, use_threads=False)
 
 
-FORMATS = (Npy(), Blocks("arrow", None), Blocks("arrow", 8), Blocks("parquet", 8), Blocks("parquet", 64))
+REMOTE = (Npy(), Blocks("arrow", None), Blocks("arrow", 8), Blocks("parquet", 8), Blocks("parquet", 64))
+FORMATS = (*REMOTE, Mapped())
 
 
 def _take(chunks: list[pa.FixedSizeBinaryArray], rows: np.ndarray) -> np.ndarray:
@@ -156,16 +180,17 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="latent_formats_", dir=arguments.folder) as place:
         _on_disk(arguments, Path(place))
+    print(flush=True)
     if find_spec("moto") is None:
         print("S3 left out: moto is not installed")
         return
-    _on_s3(arguments)
+    _on_s3()
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="where to write, on the disk to be measured (default: the temporary folder)")
-    parser.add_argument("--rows", type=int, default=1024, help="160 KiB each, in each of the five formats")
+    parser.add_argument("--rows", type=int, default=1024, help="160 KiB each, in each of the six folders")
     parser.add_argument("--shard-rows", type=int, default=128, help="a multiple of 64 that divides --rows")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5, help="batches of each kind")
@@ -238,27 +263,28 @@ def _drop_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _on_s3(arguments: argparse.Namespace) -> None:
+def _on_s3() -> None:
     os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_EC2_METADATA_DISABLED": "true"}
     child = [sys.executable, __file__, "--serve"]
     with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         try:
-            rates = _measure_s3(f"http://127.0.0.1:{server.stdout.readline().strip()}", arguments.shard_rows)
+            rates = _measure_s3(f"http://127.0.0.1:{server.stdout.readline().strip()}")
         finally:
             server.stdin.close()  # it ends with that
-    rows = S3_SHARDS * arguments.shard_rows
+    rows = S3_SHARDS * S3_SHARD_ROWS
     print(
         f"S3 on the loopback interface, {rows} rows, batches of {S3_BATCH}, files open: rows/s, requests and KiB a row"
     )
     _print(rates)
 
 
-def _measure_s3(endpoint: str, shard_rows: int) -> dict[str, dict[str, float]]:
+def _measure_s3(endpoint: str) -> dict[str, dict[str, float]]:
     urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT")).close()
     root, rng = Folder(f"s3://bucket?endpoint_override={quote(endpoint, safe='')}"), np.random.default_rng(SEED)
+    shard_rows = S3_SHARD_ROWS
     batches = [rng.choice(S3_SHARDS * shard_rows, size=S3_BATCH, replace=False) for _ in range(S3_BATCHES)]
     rates: dict[str, dict[str, float]] = {}
-    for kind in FORMATS:
+    for kind in REMOTE:
         kind.write(root.child(kind.name), _shards(S3_SHARDS, shard_rows))
         rates[kind.name] = {}
         for what, columns in (("hints", len(COLUMNS)), ("latent", 1)):

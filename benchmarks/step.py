@@ -142,13 +142,14 @@ def _config(arguments: argparse.Namespace):
 
 
 def _our_step(arguments: argparse.Namespace):
+    from ray_pipeline.data.mixture import Member, Mixture
+    from ray_pipeline.data.plan import SamplePlan
     from ray_pipeline.training.setup import (
         PhaseRun,
         make_edm,
         make_ema,
         make_network,
         make_optimizer,
-        make_plan,
         prepare_torch,
     )
     from ray_pipeline.training.state import TrainState
@@ -161,10 +162,11 @@ def _our_step(arguments: argparse.Namespace):
     state = TrainState(network=network, optimizer=make_optimizer(config, network), ema=make_ema(config, network))
     phase = config.phases[0]
     # everything an optimizer step touches; data, checkpoints and records have no part in it
+    plan = SamplePlan(1000, config.train.global_batch, config.seed, phase.name)
     run = PhaseRun(
         job=None, config=config, phase=phase, rank=0, world_size=1, device=torch.device("cpu"), edm=make_edm(config),
-        plan=make_plan(config, phase, 1000), train_store=None, val_store=None, rows=None, val_rows=None,
-        checkpoints=None, state=state, model=network,
+        mixture=Mixture((Member("rows", 0, 1000, None, simulated=False),), plan), train_store=None, val_store=None,
+        source=None, val_rows=None, val_simulated=None, checkpoints=None, newest=None, state=state, model=network,
     )  # fmt: skip
     x0, noise, z = _batch(arguments)
     batches = [MicroBatch(x0=x0, noise=noise, z=z, hints=None, mask=None)]

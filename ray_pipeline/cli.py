@@ -126,7 +126,7 @@ def _add_prepare(commands) -> None:
 
 
 def _add_train_vae(commands) -> None:
-    from ray_pipeline.training.autoencoder import AutoencoderTraining
+    from ray_pipeline.training.autoencoder_settings import AutoencoderTraining
 
     parser = _add(
         commands,
@@ -210,7 +210,8 @@ def _prepare(arguments) -> None:
 
 
 def _train_vae(arguments) -> None:
-    from ray_pipeline.training.autoencoder import AutoencoderTraining, train_autoencoder
+    from ray_pipeline.training.autoencoder import train_autoencoder
+    from ray_pipeline.training.autoencoder_settings import AutoencoderTraining
 
     names = [field.name for field in dataclasses.fields(AutoencoderTraining)]
     values = {name: getattr(arguments, name) for name in names}
@@ -267,7 +268,7 @@ def _status(arguments) -> None:
 
 
 def _check(arguments) -> int:
-    from ray_pipeline.status import check
+    from ray_pipeline.check import check
 
     failed = 0
     for what, works, words in check(_load(arguments)):

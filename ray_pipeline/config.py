@@ -251,9 +251,8 @@ class PhaseConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PhaseConfig:
-        drawn = [
-            choice.name + f" ({choice.degradations})" * (choice.degradations != "auto") for choice in self.datasets
-        ]
+        # auto and real give the same hints wherever real is possible
+        drawn = [choice.name + " (simulated)" * (choice.degradations == "simulated") for choice in self.datasets]
         for field, values in (("condition_types", self.condition_types), ("datasets", drawn)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{field} lists an entry twice: {', '.join(values)}")

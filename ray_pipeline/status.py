@@ -1,29 +1,14 @@
-"""Where a run stands, and whether this machine is set up: the texts of `status` and `check`."""
+"""Where a run stands: the text of `ray-pipeline status`."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import ray
-import torch
-
-from ray_pipeline.config import Config, load_config
+from ray_pipeline.config import load_config
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
 from ray_pipeline.monitoring.progress import format_seconds
-from ray_pipeline.training.launch import check_resources, ray_session
-from ray_pipeline.training.setup import make_edm, make_network, make_optimizer
-
-_PACKAGES = (
-    "torch", "ray", "diffusers", "timm", "numpy", "pillow", "pandas", "opencv-python-headless", "pyarrow",
-    "tensorboardx", "tifffile", "scikit-image", "pydantic", "safetensors",
-)  # fmt: skip
 
 
 def describe_run(run_dir: str | Path) -> str:
@@ -80,77 +65,3 @@ def _pace(run_dir: Path, phase: str, progress: phase_state.PhaseProgress, global
     rate = steps[-1]["samples_per_second"]
     left = (progress.steps - progress.step) * global_batch / rate
     return [f"  {rate:.3g} samples/s, {format_seconds(left)} left in this phase; last record {steps[-1]['time']}"]
-
-
-def check(config: Config) -> Iterator[tuple[str, bool, str]]:
-    """Yield (what, works, in words) for versions, devices, autoencoder, Ray and one tiny training step."""
-    yield "python", sys.version_info >= (3, 11), sys.version.split()[0]
-    for package in _PACKAGES:
-        yield _attempt(package, lambda package=package: importlib.metadata.version(package))
-    yield "device", True, _describe_devices()
-    yield _attempt("autoencoder", lambda: _try_autoencoder(config))
-    yield _attempt("training step", lambda: _try_step(config))
-    yield _attempt("ray", lambda: _try_ray(config))
-    yield _attempt("output_dir", lambda: _try_folder(config.output_dir))
-
-
-def _attempt(what: str, action: Callable[[], str]) -> tuple[str, bool, str]:
-    try:
-        return what, True, action()
-    except Exception as error:  # whatever is wrong with a set-up is a line of the answer, not a traceback
-        return what, False, f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _describe_devices() -> str:
-    if not torch.cuda.is_available():
-        return f"CPU with {torch.get_num_threads()} threads; no CUDA device"
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{len(names)} CUDA device(s): {', '.join(names)}"
-
-
-def _try_autoencoder(config: Config) -> str:
-    autoencoder = load_autoencoder(config.vae.pretrained, latent_channels=config.model.latent_channels)
-    tile = torch.linspace(-1, 1, 64).expand(1, 64, 64).contiguous()
-    latents = autoencoder.encode(tile)
-    back = autoencoder.decode(latents)
-    if back.shape != tile.shape:
-        raise UserError(f"a tile of {tuple(tile.shape)} came back as {tuple(back.shape)}")
-    return f"{config.vae.pretrained}: 64x64 px -> {'x'.join(map(str, latents.shape[1:]))}"
-
-
-def _try_step(config: Config) -> str:
-    """One step of a network two blocks deep, otherwise as the config's."""
-    shape = {**config.model.shape, "depth": 2, "architecture": "custom"}
-    small = config.model_copy(update={"model": config.model.model_copy(update=shape)})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, edm = make_network(small, hint_control=False).to(device), make_edm(config)
-    optimizer = make_optimizer(small, network)
-    size = (2, config.model.latent_channels, config.model.latent_size, config.model.latent_size)
-    x0 = config.scheduler.sigma_data * torch.randn(size, device=device)
-    losses = []
-    for _ in range(2):
-        loss = edm.loss(network, x0, torch.full((2,), 0.5, device=device), torch.randn_like(x0)).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    if not all(0 < loss < 10 for loss in losses):
-        raise RuntimeError(f"the loss of a tiny network is {losses}, expected about 1")
-    return f"loss {losses[0]:.3f} on {device.type}"
-
-
-def _try_ray(config: Config) -> str:
-    with ray_session(config):
-        check_resources(config)
-        have = ray.cluster_resources()
-        answer = ray.get(ray.remote(num_cpus=0.1)(lambda: "answers").remote(), timeout=60)
-    return f"{answer}; {have.get('CPU', 0):g} logical CPUs, {have.get('GPU', 0):g} GPUs"
-
-
-def _try_folder(folder: str) -> str:
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    with tempfile.TemporaryFile(dir=place) as file:
-        file.write(b"x")
-    return f"{folder} can be written"

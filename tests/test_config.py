@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_pipeline.config import Config, load_config, parse_config
+from ray_pipeline.config import Config, DatasetChoice, load_config, parse_config
 from ray_pipeline.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -44,6 +44,11 @@ MICROSCOPY = {
     "phases.1.condition_types": ("super_resolution", "denoising", "canny", "depth"),
     "phases.1.condition_dropout": 0.1,
 }
+
+
+def drawing(datasets, hints=("denoising",), name="one") -> dict:
+    """A config whose one phase draws from these data sets."""
+    return {"phases": [{"name": name, "epochs": 8, "datasets": datasets, "condition_types": list(hints)}]}
 
 
 @pytest.fixture
@@ -105,10 +110,13 @@ def test_the_full_job_names_every_key_there_is():
         ("ray.numworkers", "num_workers"),
         ("phases.0.epochs_to_sav", "epochs_to_save"),
         ("phases.0.condition_type", "condition_types"),
+        ("phases.0.datasets.1.wieght", "weight"),
+        ("vae.gpu_per_actor", "gpus_per_actor"),
     ],
 )
 def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_known_one(path, nearest):
-    tree = {"phases": [{"name": "one", "epochs": 8}], "data": {"simulate": {}}, "optimizer": {}, "ray": {}}
+    phase = {"name": "one", "epochs": 8, "datasets": ["a", {"name": "b"}]}
+    tree = {"phases": [phase], "data": {"simulate": {}}, "optimizer": {}, "ray": {}, "vae": {}}
     node = tree
     *parents, leaf = path.split(".")
     for part in parents:
@@ -142,6 +150,11 @@ def test_every_wrong_key_is_told_at_once(minimal):
         ("ray.resources_per_worker.A100=0.5", "ray.resources_per_worker", {"A100": 0.5}),
         ("ray.use_gpu=true", "ray.use_gpu", True),
         ("ray.use_gpu=auto", "ray.use_gpu", "auto"),
+        ("data.mode=tiles", "data.mode", "tiles"),
+        ("vae.gpus_per_actor=0.25", "vae.gpus_per_actor", 0.25),
+        ("vae.gpus_per_actor=null", "vae.gpus_per_actor", None),
+        ("phases.0.datasets=[a, {name: b}]", "phases.0.datasets.1.name", "b"),
+        ("phases.0.datasets=[{name: a, weight: 2}]", "phases.0.datasets.0.weight", 2.0),
     ],
 )
 def test_any_key_can_be_set_from_the_command_line(minimal, override, path, value):
@@ -200,6 +213,18 @@ def test_a_wrong_override_is_named(minimal, override, said):
         ({**PHASES, "data": {"root": None}}, "data.root: input should be a valid string"),
         ({**PHASES, "data": {"simulate": {"val_fraction": 0}}}, "data.simulate.val_fraction"),
         ({**PHASES, "data": {"super_resolution_scale": 3}}, "data.super_resolution_scale"),
+        ({**PHASES, "data": {"mode": "pixels"}}, "data.mode: input should be 'latents' or 'tiles', found 'pixels'"),
+        ({**PHASES, "vae": {"gpus_per_actor": 0}}, "vae.gpus_per_actor: input should be greater than 0, found 0"),
+        ({**PHASES, "vae": {"gpus_per_actor": True}}, "vae.gpus_per_actor: expected another value than true"),
+        (drawing("a"), "phases.0.datasets: expected a list, found 'a'"),
+        (drawing([3]), "phases.0.datasets.0: expected keys and values, found 3"),
+        (drawing([{"weight": 1}]), "phases.0.datasets.0.name is missing"),
+        (drawing([{"name": "a", "weight": 0}]), "phases.0.datasets.0.weight: input should be greater than 0, found 0"),
+        (drawing([{"name": "a", "weight": True}]), "phases.0.datasets.0.weight: expected another value than true"),
+        (
+            drawing([{"name": "a", "degradations": "fake"}]),
+            "phases.0.datasets.0.degradations: input should be 'auto', 'real' or 'simulated', found 'fake'",
+        ),
         ({**PHASES, 3: 1}, "3: keys should be strings"),
     ],
 )
@@ -273,6 +298,55 @@ def test_phases_that_contradict_themselves_are_refused(phases, said):
     assert said in refusal({"phases": phases})
 
 
+def test_data_sets_are_chosen_by_name_or_with_share_and_degradations():
+    datasets = parse_config(drawing(["a", {"name": "b", "degradations": "simulated"}])).phases[0].datasets
+    assert datasets == (DatasetChoice(name="a"), DatasetChoice(name="b", degradations="simulated"))
+    assert datasets[0].weight is None
+    assert datasets[0].degradations == "auto"
+    weighted = parse_config(drawing([{"name": "a", "weight": 2}, {"name": "b", "weight": 0.5}]))
+    assert [choice.weight for choice in weighted.phases[0].datasets] == [2, 0.5]
+    assert parse_config(PHASES).phases[0].datasets == ()
+
+
+def test_one_data_set_may_be_drawn_with_given_and_with_simulated_degradations():
+    both = [{"name": "a", "weight": 1, "degradations": way} for way in ("real", "simulated")]
+    assert len(parse_config(drawing(both)).phases[0].datasets) == 2
+
+
+@pytest.mark.parametrize(
+    ("datasets", "hints", "said"),
+    [
+        ([{"name": "a", "weight": 1}, "b"], ("denoising",), "phases.0: datasets: b has no weight but others have"),
+        (["a", "b", "a"], ("denoising",), "datasets lists an entry twice: a, b, a"),
+        ([{"name": "a", "weight": 1}, {"name": "a", "weight": 2}], ("denoising",), "lists an entry twice: a, a"),
+        # where all tiles have partners these two are one, elsewhere the second is refused
+        (["a", {"name": "a", "degradations": "real"}], ("denoising",), "lists an entry twice: a, a"),
+        ([{"name": "a", "degradations": "simulated"}] * 2, ("denoising",), "twice: a (simulated), a (simulated)"),
+        ([{"name": "a", "degradations": "real"}], (), "degradations of a has no effect"),
+        (["b", {"name": "a", "degradations": "simulated"}], ("canny",), "degradations of a has no effect"),
+    ],
+)
+def test_choices_of_data_sets_that_contradict_themselves_are_refused(datasets, hints, said):
+    assert said in refusal(drawing(datasets, hints))
+
+
+def test_hints_to_simulate_beside_their_partners_are_those_of_phases_that_ask_for_it():
+    simulated = {"name": "a", "degradations": "simulated"}
+
+    def names(*phases) -> tuple[str, ...]:
+        trees = [drawing(datasets, hints, f"p{n}")["phases"][0] for n, (datasets, hints) in enumerate(phases)]
+        return parse_config({"phases": trees}).simulated_names
+
+    assert names((["a"], ("denoising", "super_resolution"))) == ()
+    assert names(([{"name": "a", "degradations": "real"}], ("denoising",))) == ()
+    assert names(([simulated], ("canny", "denoising"))) == ("denoising",)
+    assert names(([simulated], ("denoising",)), (["b", simulated], ("super_resolution", "depth"))) == (
+        "super_resolution",
+        "denoising",
+    )
+    assert names((["a"], ("super_resolution",)), ([simulated], ("denoising",))) == ("denoising",)
+
+
 def test_hints_are_those_of_all_phases_in_one_order():
     phases = [
         {"name": "a", "epochs": 1, "condition_types": ["depth", "canny"]},
@@ -287,6 +361,14 @@ def test_a_config_written_as_yaml_is_read_back_equal(path, tmp_path):
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "again.yaml") == config
     assert parse_config(config.dump()) == config
+
+
+def test_chosen_data_sets_are_written_and_read_back_equal(tmp_path):
+    config = parse_config(drawing([{"name": "a", "weight": 2}, {"name": "b", "weight": 1, "degradations": "real"}]))
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "again.yaml") == config
+    assert parse_config(config.dump()) == config
+    assert config.dump()["phases"][0]["datasets"][0] == {"name": "a", "weight": 2.0, "degradations": "auto"}
 
 
 def test_a_loaded_config_does_not_change(minimal):

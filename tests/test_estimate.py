@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ray_pipeline import estimate
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
-from ray_pipeline.data.encode import EncodeJob
-from ray_pipeline.data.hints import HintSettings
+from ray_pipeline.data.encode_job import EncodeJob, HintSettings, encode_job
 from ray_pipeline.errors import UserError
+from ray_pipeline.monitoring.progress import format_bytes
 from ray_pipeline.training.ema import EMA
 from ray_pipeline.training.setup import make_network, make_optimizer
 from ray_pipeline.training.state import TrainState
@@ -146,21 +146,24 @@ def test_memory_is_weights_gradients_moments_average_and_what_backward_needs(pre
     assert activations == pytest.approx(held_for_backward(config, phase), rel=0.15)
 
 
-def test_latents_bytes_hold_every_tile_variant_and_hint():
+@pytest.mark.parametrize("simulated", [(), ("denoising",)])
+def test_latents_bytes_hold_every_tile_variant_and_hint(simulated):
     job = EncodeJob(
         root="data",
         store="store",
         tile_size=512,
         hints=HINTS,
+        simulated=simulated,
         hint_settings=HintSettings(),
         variants=2,
         shard_rows=4,
+        sample_rows=None,
         autoencoder="embedded",
         precision="fp32",
         latent_channels=4,
         batch_size=1,
     )
-    needed = 100 * 2 * 3 * 4 * 64 * 64 * 2  # tiles, variants, images, channels, side, side, bytes
+    needed = 100 * 2 * (3 + len(simulated)) * 4 * 64 * 64 * 2  # tiles, variants, images, channels, side, side, bytes
     assert needed <= estimate.latents_bytes(job, 100) <= 1.1 * needed
 
 
@@ -194,6 +197,25 @@ def test_a_folder_below_a_file_cannot_be_written(tmp_path):
     estimate.check_writable(tmp_path / "new" / "run", "output_dir")
     with pytest.raises(UserError, match=r"output_dir=.*run cannot be written \(.*file is no writable folder\)"):
         estimate.check_writable(tmp_path / "file" / "run", "output_dir")
+
+
+def test_object_storage_is_not_asked_for_room_nor_for_rights_beforehand():
+    for location in ("s3://bucket/run", "gs://bucket/run"):
+        estimate.check_disk(location, 2**80, "output_dir")
+        estimate.check_writable(location, "output_dir")
+
+
+def test_the_report_counts_the_samples_of_each_phase_and_the_bytes_of_the_stored_tiles():
+    """A phase may draw fewer or more samples an epoch than tiles are stored: from some data sets, or streamed."""
+    config = make_config()
+    job = encode_job(config)
+    tiles = {"train": 20, "val": 7, "test": 3}
+    text = estimate.report(config, job, tiles, [10, 1234], stored=False)
+    assert "tiles        train 20, val 7, test 3\n" in text
+    assert f"latents      {job.store}: {format_bytes(estimate.latents_bytes(job, 30))}\n" in text
+    assert "steps      7 in 4 epochs, 40 samples" in text  # of 6 samples each
+    assert f"steps      {-(-4 * 1234 // 6)} in 4 epochs, 4.94k samples" in text
+    assert "(stored already)" in estimate.report(config, job, tiles, [10, 1234], stored=True)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])

@@ -42,7 +42,8 @@ def fingerprint(job: EncodeJob, listing: Listing, autoencoder: Autoencoder) -> s
 def check_store(job: EncodeJob, expected: str) -> bool:
     """True when a finished store with this fingerprint is there; UserError when it is another one.
 
-    False also when an index, a table of tiles or a shard of it is gone or cut short, so that `encode` makes them again.
+    False also when an index, a table of tiles or a shard of it is gone, or a shard cut short, so that `encode` makes
+    them again.
     """
     store = Folder(job.store)
     if store.size("stats.json") < 0:
@@ -53,6 +54,11 @@ def check_store(job: EncodeJob, expected: str) -> bool:
             f"{job.store} was encoded from other tiles, autoencoder or hint settings (fingerprint {found[:12]}, "
             f"expected {expected[:12]}); run `ray-pipeline encode --overwrite` or set data.latents to another folder"
         )
+    tables = [(split, STORED_TILES) for split in SPLITS]
+    if job.sample_rows is not None:
+        tables.append(("train", STREAMED_TILES))
+    if any(store.child(split).size(name) < 0 for split, name in tables):
+        return False
     try:
         return not any(LatentStore.open(store.child(split)).missing() for split in SPLITS)
     except UserError:
@@ -110,10 +116,15 @@ def encode(
 
 
 def verify(store: str) -> int:
-    """Check every shard of every split against its hash; returns how many there are, UserError names the bad ones."""
+    """Check every shard of every split against its hash; returns how many there are, UserError names the bad ones.
+
+    A table of tiles that does not open is a UserError as well.
+    """
     bad, count = [], 0
     for split in SPLITS:
         opened = LatentStore.open(Folder(store).child(split))
+        for name in {STORED_TILES, STREAMED_TILES}.intersection(opened.folder.names()):
+            TileTable(opened.folder, name)
         bad += [opened.folder.where(name) for name in opened.verify()]
         count += len(opened.index["shards"])
     if bad:
@@ -237,6 +248,10 @@ def _number(record: dict) -> int:
 
 
 def _remove_strays(folder: Folder, shards: Sequence[dict]) -> None:
-    """Delete shards and records that the index does not name: left by another shard size, or by a kill."""
+    """Delete shards and records that the index does not name, left by another shard size, and the pieces of a kill."""
     kept = {name for shard in shards for name in (shard["file"], _record_file(_number(shard)))}
-    folder.remove(name for name in folder.names() if name.startswith("shard-") and name not in kept)
+    folder.remove(
+        name
+        for name in folder.names()
+        if (name.startswith("shard-") and name not in kept) or (name.startswith(".") and name.endswith(".tmp"))
+    )

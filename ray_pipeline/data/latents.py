@@ -7,7 +7,7 @@
 
 A column is `latent`, `hint.<name>` or, where a hint comes from a partner on disk, `simulated.<name>` as well. What one
 sample needs, a tile and its hints in one augmentation variant, lies together: one read on a disk, one request of
-object storage. A local shard is memory-mapped; of a remote one only the rows asked for are fetched.
+object storage, of these bytes alone.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ray_pipeline.data.shards import REMEDY, LocalShard, RemoteShard, shard_is_whole
+from ray_pipeline.data.shards import REMEDY, Shard, shard_is_whole
 from ray_pipeline.errors import UserError
 from ray_pipeline.storage import Folder
 
 FORMAT_VERSION = 2
-_OPEN_SHARDS = 64
-_REQUESTS = 32  # to object storage at once
+_OPEN_SHARDS = 256
 _HASHERS = 4  # shards that are verified at once
 _INDEX_KEYS = ("version", "fingerprint", "shape", "hints", "simulated", "variants", "datasets", "shards")
 
@@ -95,7 +95,7 @@ class LatentStore:
     def __init__(self, folder: Folder, index: dict, stats: LatentStats):
         self.folder, self.index, self.stats = folder, index, stats
         self._starts = np.cumsum([0] + [shard["rows"] for shard in index["shards"]])
-        self._opened: dict[int, LocalShard | RemoteShard] = {}
+        self._opened: dict[int, Shard] = {}
 
     @classmethod
     def open(cls, path: str | Path | Folder) -> LatentStore:
@@ -166,11 +166,25 @@ class LatentStore:
         _check_range("variants", picked, self.variants)
         names = self.hint_names if hints is None else tuple(hints)
         sources = [self._sources(names, flag) for flag in (False, True)]
-        counts = [1 + max(sources[flag]) for flag in made]
         out = [np.empty((len(ids), *self.shape), np.float16) for _ in range(1 + len(names))]
-        for row, record in enumerate(self._records(ids, picked, counts)):
-            for values, column in zip(out, sources[made[row]], strict=True):
-                values[row] = record[column]
+        numbers = np.searchsorted(self._starts, ids, side="right") - 1
+        rows = (ids - self._starts[numbers]).tolist()
+
+        local = self.folder.local is not None
+        with nullcontext() if local else ThreadPoolExecutor(_REQUESTS) as pool:
+            each = map if local else pool.map
+            shards = self._shards(set(numbers.tolist()), each)
+            places = [
+                (shards[number], row, variant, sources[flag])
+                for number, row, variant, flag in zip(numbers.tolist(), rows, picked.tolist(), made, strict=True)
+            ]
+            if local:
+                for shard, row, variant, columns in places:
+                    shard.announce(row, variant, 1 + max(columns))
+            records = each(lambda place: place[0].record(*place[1:3], 1 + max(place[3])), places)
+            for place, record in enumerate(records):
+                for values, column in zip(out, places[place][3], strict=True):
+                    values[place] = record[column]
         return dict(zip(("latent", *(f"hint.{name}" for name in names)), out, strict=True))
 
     def _sources(self, hints: Sequence[str], simulated: bool) -> list[int]:
@@ -185,18 +199,6 @@ class LatentStore:
             names.append(made if simulated and made in self.columns else f"hint.{hint}")
         return [self.columns.index(name) for name in names]
 
-    def _records(self, ids: np.ndarray, variants: np.ndarray, counts: Sequence[int]) -> Iterable[np.ndarray]:
-        """The first columns of each row, as many as counted for it, in the variant picked for it."""
-        numbers = np.searchsorted(self._starts, ids, side="right") - 1
-        rows = (ids - self._starts[numbers]).tolist()
-        places = list(zip(numbers.tolist(), rows, variants.tolist(), counts, strict=True))
-        if self.folder.local is not None:
-            shards = self._shards(set(numbers.tolist()), map)
-            return (shards[number].record(*place) for number, *place in places)
-        with ThreadPoolExecutor(_REQUESTS) as pool:
-            shards = self._shards(set(numbers.tolist()), pool.map)
-            return list(pool.map(lambda place: shards[place[0]].record(*place[1:]), places))
-
     def verify(self) -> list[str]:
         """Names of shards that are missing or whose bytes differ from the index; reads all of them."""
         shards = self.index["shards"]
@@ -209,7 +211,7 @@ class LatentStore:
         sizes = self.folder.sizes()
         return [shard["file"] for shard in self.index["shards"] if sizes.get(shard["file"]) != shard["bytes"]]
 
-    def _shards(self, numbers: Iterable[int], each: Callable = map) -> dict[int, LocalShard | RemoteShard]:
+    def _shards(self, numbers: Iterable[int], each: Callable) -> dict[int, Shard]:
         """Shards by number; `each` maps opening over those that are not open."""
         shards = {number: self._opened.pop(number, None) for number in numbers}
         closed = [number for number, shard in shards.items() if shard is None]
@@ -219,11 +221,10 @@ class LatentStore:
             self._opened.pop(number, None)
         return shards
 
-    def _open(self, number: int) -> LocalShard | RemoteShard:
+    def _open(self, number: int) -> Shard:
         entry = self.index["shards"][number]
         shape = (entry["rows"], self.variants, len(self.columns), *self.shape)
-        kind = RemoteShard if self.folder.local is None else LocalShard
-        return kind(self.folder, entry, shape)
+        return Shard(self.folder, entry, shape)
 
 
 def column_names(hints: Sequence[str], simulated: Sequence[str]) -> tuple[str, ...]:

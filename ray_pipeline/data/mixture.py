@@ -61,20 +61,16 @@ def choose_members(phase: PhaseConfig, datasets: Sequence[DataSet], where: str) 
                 f"phase {phase.name}: datasets names {choice.name!r}, but {where} holds {', '.join(known)}; correct "
                 "the name or prepare that data set"
             )
-        lacking = [hint for hint in PAIRED_TYPES if hint in phase.condition_types and _lacks(entry, hint)]
-        if choice.degradations == "real" and lacking:
-            raise UserError(
-                f"phase {phase.name}: degradations: real, but {entry.count - entry.partners[lacking[0]]} of "
-                f"{entry.count} tiles of {entry.name} have no partner for {lacking[0]} in {where}; prepare their "
-                "partners, or use degradations: auto"
-            )
+        for hint in PAIRED_TYPES:
+            lacking = entry.count - entry.partners.get(hint, 0)
+            if choice.degradations == "real" and hint in phase.condition_types and lacking:
+                raise UserError(
+                    f"phase {phase.name}: degradations: real, but {lacking} of {entry.count} tiles of {entry.name} "
+                    f"have no partner for {hint} in {where}; prepare their partners, or use degradations: auto"
+                )
         simulated = choice.degradations == "simulated"
         members.append(Member(entry.name, entry.start, entry.count, choice.weight, simulated))
     return tuple(members)
-
-
-def _lacks(entry: DataSet, hint: str) -> bool:
-    return entry.partners.get(hint, 0) < entry.count
 
 
 def make_mixture(config: Config, phase: PhaseConfig, datasets: Sequence[DataSet], where: str) -> Mixture:

@@ -143,7 +143,7 @@ class SamplePlan(Plan):
         shards[full] = permute(shards[full], max(full_shards, 1), self._key("shards", epoch))
         return shards * self.shard_rows + rests
 
-    def _key(self, *parts: str | int) -> tuple[int, ...]:
+    def _key(self, *parts: str | int) -> tuple[np.ndarray, ...]:
         return round_keys(self.seed, self.phase, *parts)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
+import mmap
+from pathlib import Path
 
 import numpy as np
 
@@ -17,26 +18,9 @@ _HEADER = 256  # bytes that hold the header numpy writes for six axes
 _PIECE = 8 << 20  # bytes a request when all of a shard is read
 
 
-class LocalShard:
-    """A shard on a disk, memory-mapped."""
-
-    def __init__(self, folder: Folder, entry: dict, shape: tuple[int, ...]):
-        path = folder.local / entry["file"]
-        try:
-            with open(path, "rb") as file:
-                header = _header_bytes(file.read(_HEADER), os.fstat(file.fileno()).st_size, entry["bytes"], shape)
-            mapped = np.memmap(path, np.float16, "r", header, shape)
-        except (OSError, ValueError) as error:
-            raise _damaged(folder, entry["file"], error) from error
-        self.values = mapped.view(np.ndarray)  # indexing an np.memmap takes ten times as long
-
-    def record(self, row: int, variant: int, count: int) -> np.ndarray:
-        """The first `count` columns of one row, (count, C, H, W) fp16."""
-        return self.values[row, variant, :count]
-
-
-class RemoteShard:
-    """A shard in object storage; each record is fetched when it is asked for."""
+class Shard:
+    """An open shard. On a disk it is memory-mapped, and the kernel told that rows come in any order: what it reads
+    ahead by itself is of other rows. Of a remote shard, each record is one request."""
 
     def __init__(self, folder: Folder, entry: dict, shape: tuple[int, ...]):
         self.folder, self.name, self.shape = folder, entry["file"], shape
@@ -50,17 +34,34 @@ class RemoteShard:
             raise
         except (FileNotFoundError, ValueError) as error:
             raise _damaged(folder, self.name, error) from error
+        self.mapped = None if folder.local is None else self._map(folder.local / self.name)
+
+    def _map(self, path: Path) -> np.ndarray:
+        with path.open("rb") as file:
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._pages.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(self._pages, dtype=np.float16, offset=self.header).reshape(self.shape)
+
+    def announce(self, row: int, variant: int, count: int) -> None:
+        """Tell the kernel that a record of a mapped shard is asked for next, so that it fetches several at once."""
+        start = self._place(row, variant)
+        page = start - start % mmap.PAGESIZE
+        self._pages.madvise(mmap.MADV_WILLNEED, page, start + count * self.latent_bytes - page)
 
     def record(self, row: int, variant: int, count: int) -> np.ndarray:
-        """The first `count` columns of one row, (count, C, H, W) fp16."""
-        _, variants, columns = self.shape[:3]
-        first = self.header + (row * variants + variant) * columns * self.latent_bytes
-        try:
-            with self.folder.reaching(self.name):
-                data = self.file.read_at(count * self.latent_bytes, first)
-        except FileNotFoundError as error:
-            raise _damaged(self.folder, self.name, error) from error
+        """The first `count` columns of one row, (count, C, H, W) fp16. May be called by several threads at once."""
+        if self.mapped is not None:
+            return self.mapped[row, variant, :count]
+        with self.folder.reaching(self.name):
+            data = self.file.read_at(count * self.latent_bytes, self._place(row, variant))
+        if len(data) != count * self.latent_bytes:
+            raise _damaged(self.folder, self.name, EOFError(f"it ends within row {row}"))
         return np.frombuffer(data, dtype=np.float16).reshape(count, *self.shape[3:])
+
+    def _place(self, row: int, variant: int) -> int:
+        """Where a record begins in the file."""
+        _, variants, columns = self.shape[:3]
+        return self.header + (row * variants + variant) * columns * self.latent_bytes
 
 
 def _header_bytes(start: bytes, size: int, expected_size: int, shape: tuple[int, ...]) -> int:

@@ -10,12 +10,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
 
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.mixture import Mixture
@@ -23,10 +27,8 @@ from ray_pipeline.data.tile_source import TileSource
 
 #: a chunk of stored latents holds about so much: a chunk costs Ray the same 30 ms of two cores whatever its size
 _CHUNK_BYTES = 64 * 2**20
-#: chunks of a Ray task; several, so that an actor goes on without waiting for the driver. More where a phase would
-#: have too many tasks, which Ray lists before the first
-_TASK_CHUNKS = 4
-_MAX_TASKS = 2000
+#: chunks whose numbers one Ray task tells; every chunk is gathered by a task of its own, so that all actors have work
+_TASK_CHUNKS = 64
 
 #: logical CPUs of a gather actor; one that runs the autoencoder takes more
 GATHER_CPUS = 0.05
@@ -66,6 +68,26 @@ class Chunks:
     def __getitem__(self, number: int) -> range:
         start = self.first + number * self.steps
         return range(start, min(start + self.steps, self.last))
+
+
+class ChunkNumbers(ray.data.Datasource):
+    """Numbers of chunks, 0 to count - 1, told without a CPU; `ray.data.range` waits for one, even in a full cluster."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * self.count
+
+    def get_read_tasks(self, parallelism: int, *_args, **_kwargs) -> list[ReadTask]:
+        """Tasks that list the numbers in order, one a block."""
+        parts = np.array_split(np.arange(self.count), parallelism)
+        meta = [BlockMetadata(len(part), part.nbytes, input_files=None, exec_stats=None) for part in parts]
+        return [ReadTask(partial(_single_rows, part), about) for part, about in zip(parts, meta, strict=True)]
+
+
+def _single_rows(numbers: np.ndarray) -> list[pa.Table]:
+    return [pa.table({"id": [number]}) for number in numbers]
 
 
 class Gather:
@@ -111,10 +133,12 @@ def _chunk_steps(settings: StreamSettings, steps: int) -> int:
 
 def _arriving(settings: StreamSettings, chunks: Chunks) -> Iterator[dict[str, np.ndarray]]:
     """Chunks in their order, as they come out of Ray Data."""
-    tasks = -(-len(chunks) // (1 if settings.encodes else _TASK_CHUNKS))
-    tasks = min(_MAX_TASKS, max(tasks, min(len(chunks), settings.workers)))
+    tasks = -(-len(chunks) // _TASK_CHUNKS)
     with _data_context():
-        dataset = ray.data.range(len(chunks), override_num_blocks=tasks)
+        # one task at a time: those that take no CPU would all start at once, each in a process of its own
+        dataset = ray.data.read_datasource(
+            ChunkNumbers(len(chunks)), num_cpus=0, concurrency=1, override_num_blocks=tasks
+        )
         dataset.set_name(settings.name)
         gathered = dataset.map_batches(
             Gather,
@@ -174,8 +198,10 @@ class ReadAhead(Iterator[Any]):
         raise value
 
     def close(self) -> None:
-        """End the thread and close what it reads."""
+        """End the thread, as soon as it has its next item, and close what it reads; who waits in `next` is let go."""
         self._stopped.set()
+        with suppress(queue.Full):  # then nobody waits
+            self._ready.put_nowait(("end", StopIteration()))
 
     def _produce(self) -> None:
         try:

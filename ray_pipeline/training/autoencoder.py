@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,28 +23,7 @@ from ray_pipeline.diffusion.noise import sample_generator, stream_key
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import Autoencoder
 from ray_pipeline.monitoring.progress import Progress
-
-
-@dataclass(frozen=True)
-class AutoencoderTraining:
-    """Settings of one training; `blocks` counts residual blocks a level, from full resolution down."""
-
-    steps: int = 3600
-    width: int = 32
-    blocks: tuple[int, int, int, int] = (0, 2, 4, 6)
-    batch_size: int = 8
-    crop: int = 128
-    lr: float = 1.5e-3
-    l1_weight: float = 0.03
-    latent_weight: float = 1e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "width", "batch_size", "crop"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a number above 0")
-        if self.crop % 8:
-            raise UserError(f"--crop {self.crop} is not a multiple of 8, the autoencoder's downscaling")
+from ray_pipeline.training.autoencoder_settings import AutoencoderTraining
 
 
 def train_autoencoder(sources: Sequence[Path], out: Path, settings: AutoencoderTraining) -> dict[str, float]:

@@ -20,8 +20,8 @@ from ray_pipeline.config import Config
 from ray_pipeline.errors import UserError, find_user_error
 from ray_pipeline.monitoring.events import metrics_path
 from ray_pipeline.monitoring.progress import Progress
-from ray_pipeline.training.phase import job_values, train_phase
-from ray_pipeline.training.setup import PhaseJob, stream_cpus, stream_gpus, stream_workers
+from ray_pipeline.training.phase import train_phase
+from ray_pipeline.training.setup import PhaseJob, job_values, stream_cpus, stream_gpus, stream_workers
 
 #: environment of a training process on CPU. Freed blocks stay with the process (glibc's mallopt(3)) and are backed by
 #: huge pages: a step allocates the same gigabytes of activations and gradients again, and fresh small pages cost as

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import ray.train
 import torch
@@ -164,8 +164,3 @@ class Interval:
             )
             records.note_step()
         self.results, self.waited, self.seconds = [], 0.0, 0.0
-
-
-def job_values(job: PhaseJob) -> dict:
-    """A PhaseJob as Ray Train's train_loop_config."""
-    return asdict(job)

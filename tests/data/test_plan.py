@@ -128,7 +128,7 @@ def test_the_permutation_reaches_every_place_once(size):
         (3, {}, 300),
         (4, {}, 600),
         (5, {}, 1200),
-        (6, {}, 3600),
+        (6, {}, 2160),
         (4, {"shard_rows": 3, "window": 4}, 480),
         (5, {"shard_rows": 2, "window": 64}, 840),  # a window above the data set is a full shuffle
         (4, {"shard_rows": 1, "window": 2}, 480),
@@ -169,17 +169,39 @@ def test_every_row_comes_at_every_place_equally_often(plan):
     assert_plausible(stats.chi2.sf(squares * (size - 1) / size, (size - 1) ** 2))
 
 
-@pytest.mark.parametrize("size", [8, 16, 30, 100, 1500])
-def test_neighbours_of_a_full_shuffle_are_uniform(size):
+@pytest.mark.parametrize(("size", "epochs"), [(8, 600), (16, 600), (100, 600), (1500, 100)])
+def test_neighbours_of_a_full_shuffle_are_uniform(size, epochs):
     # pairs that share no place are almost independent; lags up to 3 show neighbours of neighbours
-    rows, firsts = orders(SamplePlan(size, size, seed=6), 600), np.arange(0, size - 3, 4)
+    rows, firsts = orders(SamplePlan(size, size, seed=6), epochs), np.arange(0, size - 3, 4)
     for lag in (1, 2, 3):
         differences = (rows[:, firsts + lag] - rows[:, firsts]) % size
         assert_plausible(stats.chisquare(np.bincount(differences.ravel(), minlength=size)[1:]).pvalue)
 
 
+def test_four_rows_at_the_corners_of_a_rectangle_scatter_as_any_four():
+    # of 16 rows, laid out 4 x 4: what too few Feistel rounds betray first
+    sides = list(itertools.combinations(range(4), 2))
+    corners = [[4 * top + left, 4 * top + right, 4 * bottom + left, 4 * bottom + right]
+               for (top, bottom), (left, right) in itertools.product(sides, sides)]  # fmt: skip
+
+    def balance(fours: np.ndarray) -> np.ndarray:
+        return fours // 4 @ [1, -1, -1, 1] % 4 == 0
+
+    balanced = balance(orders(SamplePlan(16, 16, seed=6), 1000)[:, corners]).mean(axis=1)
+    expected = balance(np.array(list(itertools.permutations(range(16), 4)))).mean()
+    assert stats.ttest_1samp(balanced, expected).pvalue > 1e-3
+
+
+def test_no_two_windows_are_shuffled_alike():
+    # one shard, so that the rows of a window lie in their order before they are shuffled
+    plan = SamplePlan(2000, 8, seed=1, shard_rows=2000, window=1000)
+    windows = plan.ids(np.arange(4000)).reshape(4, 1000)
+    for one, two in itertools.combinations(windows, 2):
+        assert np.bincount((one - two) % 2000).max() < 15
+
+
 def test_neighbours_in_a_window_are_any_two_of_its_rows():
-    size, shards, windows, epochs = 12, (range(5), range(5, 10), range(10, 12)), ((0, 7), (7, 12)), 1300
+    size, shards, windows, epochs = 12, (range(5), range(5, 10), range(10, 12)), ((0, 7), (7, 12)), 800
     plan = SamplePlan(size, size, seed=7, shard_rows=5, window=7)
     rows = plan.ids(np.arange(epochs)[:, None] * size + [0, 1, 7, 8])
     for (first, end), pairs in zip(windows, (rows[:, :2], rows[:, 2:]), strict=True):
@@ -221,32 +243,34 @@ def test_a_sample_meets_all_its_variants_and_any_slice_draws_the_same():
 
 @pytest.mark.parametrize("windowed", [{}, {"shard_rows": 1024, "window": 100_000}])
 def test_fifty_epochs_of_a_billion_rows_are_planned_in_a_millisecond_anywhere(windowed):
-    started = time.process_time()
-    plan = SamplePlan(BILLION, 8192, seed=0, phase="p", **windowed)
-    assert time.process_time() - started < 1e-3
+    def make() -> SamplePlan:
+        return SamplePlan(BILLION, 8192, seed=0, phase="p", **windowed)
+
+    # the best of several: another process may hold the cores
+    assert min(seconds(make) for _ in range(5)) < 1e-3
+    plan = make()
     last = plan.steps(50) - 1
-    for step in (0, last):
-        # the best of several: another process may hold the cores
-        assert min(seconds(plan, step - number if step else number) for number in range(50)) < 1e-3
+    for first in (0, last - 49):
+        assert min(seconds(plan.rank_batch, step, 1023, 1024) for step in range(first, first + 50)) < 1e-3
     ids = plan.batch(last)
     assert len(np.unique(ids)) >= 8192 - 1  # the last batch may reach into epoch 51
     assert ids.min() >= 0
     assert ids.max() < BILLION
 
 
-def seconds(plan: SamplePlan, step: int) -> float:
+def seconds(call, *arguments) -> float:
     started = time.process_time()
-    plan.rank_batch(step, 1023, 1024)
+    call(*arguments)
     return time.process_time() - started
 
 
 def test_a_process_that_plans_a_billion_rows_stays_below_50_mb():
-    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("psutil", reason="psutil, which reads resident memory, is not installed")
     script = (
         "from ray_pipeline.data.plan import SamplePlan\n"
         f"plan = SamplePlan({BILLION}, 8192, seed=0, shard_rows=1024, window=100000)\n"
         "for step in range(0, plan.steps(50), plan.steps(50) // 100): plan.rank_batch(step, 5, 1024)\n"
-        f"import psutil; print(psutil.Process().memory_info().rss)  # psutil {psutil.__version__}\n"
+        "import psutil; print(psutil.Process().memory_info().rss)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 50e6

@@ -2,12 +2,13 @@
 
 import hashlib
 import io
+import os
 import resource
 
 import numpy as np
 import pytest
 
-from ray_pipeline.data.shards import LocalShard, RemoteShard, shard_is_whole, write_shard
+from ray_pipeline.data.shards import Shard, shard_is_whole, write_shard
 from ray_pipeline.errors import UserError
 from ray_pipeline.storage import Folder
 
@@ -29,8 +30,8 @@ def saved(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def opened(folder: Folder, entry: dict) -> LocalShard | RemoteShard:
-    return (RemoteShard if folder.local is None else LocalShard)(folder, entry, SHAPE)
+def opened(folder: Folder, entry: dict) -> Shard:
+    return Shard(folder, entry, SHAPE)
 
 
 def test_numpy_reads_a_shard_and_its_entry_is_of_the_file(folder):
@@ -138,6 +139,15 @@ def test_a_reader_keeps_its_rows_while_a_local_shard_is_replaced(tmp_path):
     shard = opened(folder, write_shard(folder, "a.npy", values()))
     write_shard(folder, "a.npy", np.zeros(SHAPE))
     np.testing.assert_array_equal(shard.record(5, 1, 3), values()[5, 1])
+
+
+def test_a_local_shard_that_is_cut_short_while_it_is_open_is_named(tmp_path):
+    folder = Folder(tmp_path)
+    shard = opened(folder, write_shard(folder, "a.npy", values()))
+    os.truncate(tmp_path / "a.npy", 10_000)
+    np.testing.assert_array_equal(shard.record(0, 0, 3), values()[0, 0])
+    with pytest.raises(UserError, match=r"a\.npy is .*damaged \(it ends within row 5\).*encode"):
+        shard.record(5, 1, 3)
 
 
 def test_what_is_refused_is_not_called_damage(s3_server):
