@@ -27,6 +27,7 @@ from ray_pipeline.storage import Folder
 
 FORMAT_VERSION = 2
 _OPEN_SHARDS = 256
+_REQUESTS = 32  # to object storage at once
 _HASHERS = 4  # shards that are verified at once
 _INDEX_KEYS = ("version", "fingerprint", "shape", "hints", "simulated", "variants", "datasets", "shards")
 
