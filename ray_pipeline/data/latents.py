@@ -217,6 +217,8 @@ class LatentStore:
         shards = {number: self._opened.pop(number, None) for number in numbers}
         closed = [number for number, shard in shards.items() if shard is None]
         shards |= zip(closed, each(self._open, closed), strict=True)
+        for shard in shards.values():
+            shard.check()
         self._opened |= shards  # those used last stand last
         for number in list(self._opened)[:-_OPEN_SHARDS]:
             self._opened.pop(number, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,15 @@ class Shard:
         self.mapped = None if folder.local is None else self._map(folder.local / self.name)
 
     def _map(self, path: Path) -> np.ndarray:
-        with path.open("rb") as file:
-            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._disk = path.open("rb")
+        self._pages = mmap.mmap(self._disk.fileno(), 0, access=mmap.ACCESS_READ)
         self._pages.madvise(mmap.MADV_RANDOM)
         return np.frombuffer(self._pages, dtype=np.float16, offset=self.header).reshape(self.shape)
+
+    def check(self) -> None:
+        """UserError where a mapped shard has become shorter: what is mapped behind its end would be read as zeros."""
+        if self.mapped is not None and os.fstat(self._disk.fileno()).st_size < len(self._pages):
+            raise _damaged(self.folder, self.name, EOFError(f"it was cut to less than {len(self._pages)} bytes"))
 
     def announce(self, row: int, variant: int, count: int) -> None:
         """Tell the kernel that a record of a mapped shard is asked for next, so that it fetches several at once."""
