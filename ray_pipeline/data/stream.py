@@ -27,6 +27,8 @@ from ray_pipeline.data.tile_source import TileSource
 
 #: a chunk of stored latents holds about so much: a chunk costs Ray the same 30 ms of two cores whatever its size
 _CHUNK_BYTES = 64 * 2**20
+#: a short phase is cut into so many chunks at least, lest this process gather a large part of it
+_MIN_CHUNKS = 8
 #: chunks whose numbers one Ray task tells; every chunk is gathered by a task of its own, so that all actors have work
 _TASK_CHUNKS = 64
 
@@ -71,17 +73,17 @@ class Chunks:
 
 
 class ChunkNumbers(ray.data.Datasource):
-    """Numbers of chunks, 0 to count - 1, told without a CPU; `ray.data.range` waits for one, even in a full cluster."""
+    """Numbers of chunks, first to last - 1, told without a CPU; `ray.data.range` waits for one in a full cluster."""
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, first: int, last: int):
+        self.numbers = range(first, last)
 
     def estimate_inmemory_data_size(self) -> int:
-        return 8 * self.count
+        return 8 * len(self.numbers)
 
     def get_read_tasks(self, parallelism: int, *_args, **_kwargs) -> list[ReadTask]:
         """Tasks that list the numbers in order, one a block."""
-        parts = np.array_split(np.arange(self.count), parallelism)
+        parts = np.array_split(np.array(self.numbers), parallelism)
         meta = [BlockMetadata(len(part), part.nbytes, input_files=None, exec_stats=None) for part in parts]
         return [ReadTask(partial(_single_rows, part), about) for part, about in zip(parts, meta, strict=True)]
 
@@ -97,12 +99,15 @@ class Gather:
         self.settings, self.chunks = settings, chunks
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: values[None] for name, values in self.chunk(int(batch["id"][0])).items()}
+
+    def chunk(self, number: int) -> dict[str, np.ndarray]:
+        """Rows of one chunk, {"index", "latent", "hint.<name>"}."""
         s, plan = self.settings, self.settings.mixture.plan
-        steps = self.chunks[int(batch["id"][0])]
-        index = np.concatenate([plan.positions(step, s.rank, s.world_size) for step in steps])
+        index = np.concatenate([plan.positions(step, s.rank, s.world_size) for step in self.chunks[number]])
         rows, simulated = s.mixture.rows(index)
-        gathered = s.source.gather(rows, plan.variants(index, s.source.variants), s.hints, simulated)
-        return {name: values[None] for name, values in ({"index": index} | gathered).items()}
+        variants = plan.variants(index, s.source.variants)
+        return {"index": index, **s.source.gather(rows, variants, s.hints, simulated)}
 
 
 def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -113,10 +118,13 @@ def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterato
     if first_step >= last_step:
         return
     chunks = Chunks(first_step, last_step, _chunk_steps(settings, last_step - first_step))
+    # Ray Data needs seconds for its first chunk, so this process gathers one meanwhile
+    own = 0 if settings.encodes else 1
+    items = _arriving(_dataset(settings, chunks, own)) if own < len(chunks) else iter(())
     # closed with the stream: its actors would go on reading
-    with closing(_arriving(settings, chunks)) as arriving:
+    with closing(ReadAhead(items, depth=1)) as arriving:
         for number in range(len(chunks)):
-            chunk = next(arriving, None)
+            chunk = Gather(settings, chunks).chunk(number) if number < own else next(arriving, None)
             if chunk is None:
                 raise RuntimeError(f"the data stream ended before step {chunks[number].start} of {last_step}")
             yield from _cut(chunk, settings, chunks[number])
@@ -128,19 +136,19 @@ def _chunk_steps(settings: StreamSettings, steps: int) -> int:
         return 1
     row_bytes = 2 * int(np.prod(settings.source.shape)) * (1 + len(settings.hints))
     step_bytes = row_bytes * -(-settings.mixture.plan.global_batch // settings.world_size)
-    return max(1, min(_CHUNK_BYTES // step_bytes, -(-steps // settings.workers)))
+    return max(1, min(_CHUNK_BYTES // step_bytes, -(-steps // _MIN_CHUNKS)))
 
 
-def _arriving(settings: StreamSettings, chunks: Chunks) -> Iterator[dict[str, np.ndarray]]:
-    """Chunks in their order, as they come out of Ray Data."""
-    tasks = -(-len(chunks) // _TASK_CHUNKS)
+def _dataset(settings: StreamSettings, chunks: Chunks, first: int) -> ray.data.Dataset:
+    """Chunks from number `first` on, to be gathered in their order once it is iterated."""
+    tasks = -(-(len(chunks) - first) // _TASK_CHUNKS)
     with _data_context():
         # one task at a time: those that take no CPU would all start at once, each in a process of its own
         dataset = ray.data.read_datasource(
-            ChunkNumbers(len(chunks)), num_cpus=0, concurrency=1, override_num_blocks=tasks
+            ChunkNumbers(first, len(chunks)), num_cpus=0, concurrency=1, override_num_blocks=tasks
         )
         dataset.set_name(settings.name)
-        gathered = dataset.map_batches(
+        return dataset.map_batches(
             Gather,
             fn_constructor_args=(settings, chunks),
             batch_size=1,
@@ -148,7 +156,11 @@ def _arriving(settings: StreamSettings, chunks: Chunks) -> Iterator[dict[str, np
             num_gpus=settings.gpus_per_worker or None,
             compute=ray.data.ActorPoolStrategy(size=settings.workers),
         )
-    for batch in gathered.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+
+
+def _arriving(dataset: ray.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
+    """Chunks as they come out of Ray Data."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
         yield {name: values[0] for name, values in batch.items()}
 
 

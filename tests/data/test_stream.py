@@ -117,7 +117,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """A chunk holds two steps of latents with two hints, and Ray tells the numbers of two chunks at a time."""
+    """A chunk holds two steps of latents with two hints, and a task of Ray's at least two chunks."""
     monkeypatch.setattr("ray_pipeline.data.stream._CHUNK_BYTES", 2 * BATCH * 3 * 2 * int(np.prod(SHAPE)))
     monkeypatch.setattr("ray_pipeline.data.stream._TASK_CHUNKS", 2)
 
