@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from ray_pipeline.config import Config, PhaseConfig
+from ray_pipeline.config import Config
 from ray_pipeline.data.encode_job import EncodeJob
 from ray_pipeline.data.plan import SamplePlan
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.dit import NoiseEmbedder
 from ray_pipeline.monitoring.progress import format_bytes, format_count, format_seconds
+from ray_pipeline.sections import PhaseConfig
 from ray_pipeline.storage import is_uri
 from ray_pipeline.training.setup import make_network, precision
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_pipeline.config import Config, DatasetChoice, load_config, parse_config
+from ray_pipeline.config import Config, load_config, parse_config
 from ray_pipeline.errors import UserError
+from ray_pipeline.sections import DatasetChoice
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PHASES = {"phases": [{"name": "one", "epochs": 8}]}

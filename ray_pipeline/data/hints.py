@@ -12,13 +12,9 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from ray_pipeline.config import PAIRED_TYPES
 from ray_pipeline.data import optics
-from ray_pipeline.data.encode_job import HintSettings as HintSettings
+from ray_pipeline.data.encode_job import HintSettings
 from ray_pipeline.errors import UserError
-
-#: hints that may come from a degraded partner on disk
-PAIRED = PAIRED_TYPES
 
 
 def make_hint(

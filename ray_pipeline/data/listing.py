@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ray_pipeline.data.encode_job import EncodeJob
-from ray_pipeline.data.hints import PAIRED
 from ray_pipeline.data.latents import DataSet
 from ray_pipeline.data.manifest import SPLITS, check_tiles, dataset_folders, load_manifest, load_pairs
 from ray_pipeline.data.tile_table import TileRow
 from ray_pipeline.errors import UserError
+from ray_pipeline.sections import PAIRED_TYPES
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
 
 def _dataset(name: str, before: list[TileRow], rows: list[TileRow]) -> DataSet:
     """Append a data set's rows to those before, and tell where they are."""
-    partners = {hint: sum(hint in row.partners for row in rows) for hint in PAIRED}
+    partners = {hint: sum(hint in row.partners for row in rows) for hint in PAIRED_TYPES}
     entry = DataSet(name=name, start=len(before), count=len(rows), partners=partners)
     before += rows
     return entry
@@ -85,11 +85,11 @@ def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, _Partner]]:
     table = load_pairs(job.root, dataset)
     if "task" not in table:
         csv = Path(job.root, "degraded", dataset, "manifests", "manifest.csv")
-        raise UserError(f"{csv} has no column task; add it with {' or '.join(PAIRED)} in each row")
+        raise UserError(f"{csv} has no column task; add it with {' or '.join(PAIRED_TYPES)} in each row")
     hashes = table["sha256"] if "sha256" in table else [""] * len(table)
     partners: dict[str, dict[str, _Partner]] = {}
     for task, pair, image, sha256 in zip(table["task"], table["pair_id"], table["image"], hashes, strict=True):
-        if task in PAIRED and task in job.hints:
+        if task in PAIRED_TYPES and task in job.hints:
             partner = _Partner(_posix("degraded", dataset, image), sha256)
             partners.setdefault(pair, {}).setdefault(task, partner)
     return partners

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_pipeline.config import PAIRED_TYPES, Config, PhaseConfig
+from ray_pipeline.config import Config
 from ray_pipeline.data.latents import DataSet
 from ray_pipeline.data.plan import MixedPlan, Plan, SamplePlan
 from ray_pipeline.errors import UserError
+from ray_pipeline.sections import PAIRED_TYPES, PhaseConfig
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow as pa
 
-from ray_pipeline.config import PAIRED_TYPES
 from ray_pipeline.data.latents import DataSet
 from ray_pipeline.errors import UserError
+from ray_pipeline.sections import PAIRED_TYPES
 from ray_pipeline.storage import Folder
 
 _DATASETS = b"datasets"

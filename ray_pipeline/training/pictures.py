@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
-from ray_pipeline.data.hints import PAIRED
 from ray_pipeline.data.listing import spread
 from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.diffusion.samplers import sample_euler
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.monitoring.events import EventLog, SampleEvent, read_events
 from ray_pipeline.monitoring.plots import plot_progress, sample_grid
+from ray_pipeline.sections import PAIRED_TYPES
 from ray_pipeline.storage import replace_file
 from ray_pipeline.training.setup import PhaseRun, run_folder
 from ray_pipeline.training.step import stack_hints
@@ -42,7 +42,7 @@ class Window:
 
     def of_hint(self, name: str, tiles: np.ndarray) -> np.ndarray:
         """Degraded images in this window; computed ones (edges, depth) in their own full range."""
-        return self.shown(tiles) if name in PAIRED else tiles
+        return self.shown(tiles) if name in PAIRED_TYPES else tiles
 
 
 def draw_samples(run: PhaseRun, records: EventLog, epoch: int) -> Path:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_pipeline.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
-from ray_pipeline.config import Config, PhaseConfig, parse_config
+from ray_pipeline.config import Config, parse_config
 from ray_pipeline.data.encode import STREAMED_TILES
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.data.latents import LatentStore
@@ -28,6 +28,7 @@ from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.diffusion.edm import EDM
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.dit import DiT, build_dit
+from ray_pipeline.sections import PhaseConfig
 from ray_pipeline.storage import Folder
 from ray_pipeline.training.ema import EMA
 from ray_pipeline.training.state import TrainState, load_weights

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.data.latents import LatentStats
 from ray_pipeline.diffusion.noise import draw, kept_hints
+from ray_pipeline.sections import OptimizerConfig
 from ray_pipeline.training.setup import PhaseData, PhaseRun
 
 

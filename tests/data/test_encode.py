@@ -14,7 +14,7 @@ from diffusers import AutoencoderTiny
 from ray_pipeline.config import parse_config
 from ray_pipeline.data.encode import ShardEncoder, check_store, encode, fingerprint, stored_tiles, verify
 from ray_pipeline.data.encode_job import SAMPLE_ROWS, EncodeJob, HintSettings, encode_job
-from ray_pipeline.data.hints import HINTS, PAIRED, dihedral, make_hint
+from ray_pipeline.data.hints import HINTS, dihedral, make_hint
 from ray_pipeline.data.images import read_tile, write_tile
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import Listing, list_tiles
@@ -22,6 +22,7 @@ from ray_pipeline.data.manifest import SPLITS, load_manifest, load_pairs, write_
 from ray_pipeline.data.tile_table import TileTable, write_tile_table
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
+from ray_pipeline.sections import PAIRED_TYPES
 from ray_pipeline.storage import Folder
 
 VARIANTS = 2
@@ -106,7 +107,7 @@ def test_the_store_holds_the_autoencoder_s_latents_of_tiles_and_hints(encoded, t
         images = {"latent": tile}
         for name in HINTS:
             partner = None
-            if name in PAIRED:
+            if name in PAIRED_TYPES:
                 partner = dihedral(read_tile(tiny_data / "degraded/simulated" / pairs[identifier, name]), variant)
             settings = encoded.hint_settings
             images[f"hint.{name}"] = make_hint(name, tile, partner, f"simulated/{identifier}", variant, settings)

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ray_pipeline.config import CONDITION_TYPES
 from ray_pipeline.data import optics
-from ray_pipeline.data.hints import HINTS, PAIRED, HintSettings, dihedral, make_hint
+from ray_pipeline.data.encode_job import HintSettings
+from ray_pipeline.data.hints import HINTS, dihedral, make_hint
 from ray_pipeline.errors import UserError
+from ray_pipeline.sections import CONDITION_TYPES, PAIRED_TYPES
 
 SETTINGS = HintSettings(super_resolution_scale=4)
 every_hint = pytest.mark.parametrize("name", list(HINTS))
@@ -30,7 +31,7 @@ def hint(name: str, tile: np.ndarray, partner=None, sample_id="set/a", variant=0
 
 def test_every_condition_type_of_the_config_has_its_hint():
     assert tuple(HINTS) == CONDITION_TYPES
-    assert set(PAIRED) < set(HINTS)
+    assert set(PAIRED_TYPES) < set(HINTS)
 
 
 @every_hint
@@ -55,7 +56,7 @@ def test_a_hint_has_the_shape_of_its_tile_and_stays_in_range(name, tile, content
     assert made.max() <= 1
 
 
-@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("name", PAIRED_TYPES)
 def test_simulated_degradations_differ_between_samples_and_variants(name, tile):
     base = hint(name, tile)
     assert not np.array_equal(base, hint(name, tile, sample_id="set/b"))

@@ -10,11 +10,11 @@ import pytest
 
 from ray_pipeline.config import parse_config
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
-from ray_pipeline.data.hints import PAIRED
 from ray_pipeline.data.latents import DataSet
 from ray_pipeline.data.listing import Listing, list_tiles, spread
 from ray_pipeline.data.manifest import SPLITS, load_manifest, load_pairs, write_manifests
 from ray_pipeline.errors import UserError
+from ray_pipeline.sections import PAIRED_TYPES
 
 TRAIN, VAL = 24, 8  # tiles of tiny_data
 
@@ -23,7 +23,7 @@ def job_for(root: Path, *hints: str) -> EncodeJob:
     config = {
         "data": {"root": str(root), "tile_size": 64},
         "model": {"architecture": "DiT-S/8", "latent_size": 8},
-        "phases": [{"name": "one", "epochs": 1, "condition_types": hints or PAIRED}],
+        "phases": [{"name": "one", "epochs": 1, "condition_types": hints or PAIRED_TYPES}],
     }
     return encode_job(parse_config(config))
 
@@ -55,14 +55,14 @@ def test_rows_are_those_of_the_manifests_with_their_partners(tiny_data):
     for split, count in zip(SPLITS, (TRAIN, VAL, 0), strict=True):
         rows = listing.rows[split]
         assert len(rows) == count
-        assert listing.datasets[split] == [DataSet("simulated", 0, count, dict.fromkeys(PAIRED, count))]
+        assert listing.datasets[split] == [DataSet("simulated", 0, count, dict.fromkeys(PAIRED_TYPES, count))]
         if not count:
             continue
         table = load_manifest(tiny_data, split).table
         assert [row.id for row in rows] == [f"simulated/{identifier}" for identifier in table["id"]]
         assert [row.path for row in rows] == [f"foundation/simulated/{image}" for image in table["image"]]
         for row, identifier in zip(rows, table["id"], strict=True):
-            assert row.partners == {task: f"degraded/simulated/{pairs[identifier, task]}" for task in PAIRED}
+            assert row.partners == {task: f"degraded/simulated/{pairs[identifier, task]}" for task in PAIRED_TYPES}
 
 
 def test_partners_are_those_of_the_hints_asked_for(tiny_data):
@@ -98,7 +98,7 @@ def test_a_root_that_is_moved_or_a_link_gives_the_same_listing(tiny_data, tmp_pa
 def test_data_sets_follow_each_other_and_one_may_lack_a_split(root):
     add_data_set(root, "another", {"val": "train"})
     listing = list_tiles(job_for(root))
-    none, all_of_them = dict.fromkeys(PAIRED, 0), dict.fromkeys(PAIRED, TRAIN)
+    none, all_of_them = dict.fromkeys(PAIRED_TYPES, 0), dict.fromkeys(PAIRED_TYPES, TRAIN)
     assert listing.datasets["train"] == [
         DataSet("another", 0, TRAIN + VAL, none),
         DataSet("simulated", TRAIN + VAL, TRAIN, all_of_them),
@@ -116,7 +116,7 @@ def check_ranges(listing: Listing) -> None:
         assert [row.id.split("/")[0] for row in listing.rows[split]] == named
         for entry in entries:
             rows = listing.rows[split][entry.start : entry.start + entry.count]
-            assert entry.partners == {hint: sum(hint in row.partners for row in rows) for hint in PAIRED}
+            assert entry.partners == {hint: sum(hint in row.partners for row in rows) for hint in PAIRED_TYPES}
 
 
 def test_partners_are_counted_for_each_data_set_and_split(root):

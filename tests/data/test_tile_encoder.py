@@ -12,15 +12,16 @@ from diffusers import AutoencoderTiny
 
 from ray_pipeline.config import parse_config
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
-from ray_pipeline.data.hints import HINTS, PAIRED, make_hint
+from ray_pipeline.data.hints import HINTS, make_hint
 from ray_pipeline.data.images import read_tile, write_tile
 from ray_pipeline.data.listing import list_tiles
 from ray_pipeline.data.tile_encoder import Request, TileEncoder
 from ray_pipeline.data.tile_table import TileRow
 from ray_pipeline.errors import UserError
+from ray_pipeline.sections import PAIRED_TYPES
 
 SIDE = 64
-COLUMNS = ("latent", *(f"hint.{name}" for name in HINTS), *(f"simulated.{name}" for name in PAIRED))
+COLUMNS = ("latent", *(f"hint.{name}" for name in HINTS), *(f"simulated.{name}" for name in PAIRED_TYPES))
 
 
 def job_for(root: Path, autoencoder: Path, **changes) -> EncodeJob:
@@ -56,7 +57,7 @@ def encoder(job) -> TileEncoder:
 def rows(job) -> list[TileRow]:
     """Training tiles; the first has no partner, the next that of low resolution, the third both, and so on."""
     rows = list_tiles(job).rows["train"]
-    return [replace(row, partners={h: row.partners[h] for h in PAIRED[: k % 3]}) for k, row in enumerate(rows)]
+    return [replace(row, partners={h: row.partners[h] for h in PAIRED_TYPES[: k % 3]}) for k, row in enumerate(rows)]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def image_of(column: str, row: TileRow, variant: int, job: EncodeJob) -> np.ndar
     kind, _, hint = column.partition(".")
     if kind == "latent":
         return tile
-    given = kind == "hint" and hint in PAIRED
+    given = kind == "hint" and hint in PAIRED_TYPES
     partner = turns(read_tile(Path(job.root, row.partners[hint])))[variant] if given else None
     if given and hint == "denoising":
         return partner
@@ -117,7 +118,7 @@ def image_of(column: str, row: TileRow, variant: int, job: EncodeJob) -> np.ndar
 @pytest.mark.parametrize("variants", [range(8), (5, 0)], ids=["all", "two"])
 def test_tile_and_hints_are_turned_in_pixels_alike(job, encoder, rows, network, variants):
     row = rows[2]
-    assert set(row.partners) == set(PAIRED)
+    assert set(row.partners) == set(PAIRED_TYPES)
     values = encoder.encode([Request(row, variants, COLUMNS)])
     assert values.shape == (1, len(variants), len(COLUMNS), 4, SIDE // 8, SIDE // 8)
     for place, variant in enumerate(variants):
@@ -140,7 +141,7 @@ def test_without_a_partner_hint_and_simulated_hint_are_one_and_pass_once(encoder
         passed.clear()
         values = encoder.encode([Request(row, (0, 3), columns)])[0]
         assert sum(passed) == 2 * images
-        for hint in PAIRED:
+        for hint in PAIRED_TYPES:
             given, made = (values[:, columns.index(f"{kind}.{hint}")] for kind in ("hint", "simulated"))
             if hint in row.partners:
                 assert not np.isclose(given, made, rtol=0.01).all(axis=(1, 2, 3)).any()
@@ -198,7 +199,7 @@ def test_only_the_partners_that_are_asked_for_are_read(moved, rows):
         Path(moved.root, partner).unlink()
     encoder = TileEncoder(moved, use_gpu=False)
     encoder.encode([Request(row, (0,), ("latent", "hint.canny", "simulated.denoising", "simulated.super_resolution"))])
-    for hint in PAIRED:
+    for hint in PAIRED_TYPES:
         with pytest.raises(UserError, match=f"{row.partners[hint]}: no such image file"):
             encoder.encode([Request(row, (0,), ("latent", f"hint.{hint}"))])
 
@@ -214,7 +215,7 @@ def test_a_tile_of_the_wrong_size_is_named(moved, rows):
     )
 
 
-@pytest.mark.parametrize("hint", PAIRED)
+@pytest.mark.parametrize("hint", PAIRED_TYPES)
 def test_a_partner_of_the_wrong_size_is_named(moved, rows, hint):
     path = Path(moved.root, rows[2].partners[hint])
     write_tile(path, np.zeros((48, 48)))

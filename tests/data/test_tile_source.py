@@ -14,7 +14,6 @@ import torch
 from ray_pipeline.config import Config, parse_config
 from ray_pipeline.data.encode import encode, fingerprint
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
-from ray_pipeline.data.hints import PAIRED
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import list_tiles
 from ray_pipeline.data.manifest import load_manifest, write_manifests
@@ -24,6 +23,7 @@ from ray_pipeline.data.tile_source import TileSource
 from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
+from ray_pipeline.sections import PAIRED_TYPES
 
 HINTS = ("super_resolution", "denoising", "canny")
 VARIANTS = 5
@@ -77,7 +77,7 @@ def config(root, tiny_autoencoder) -> Config:
 
 @pytest.fixture(scope="module")
 def job(config) -> EncodeJob:
-    assert encode_job(config).simulated == PAIRED
+    assert encode_job(config).simulated == PAIRED_TYPES
     return encode_job(config)
 
 
@@ -156,7 +156,7 @@ def test_simulated_hints_are_others_than_those_of_partners_and_the_same_where_th
     given, made = (rows(ids, variants, HINTS, np.full(len(ids), flag)) for flag in (False, True))
     for name in ("latent", "hint.canny"):
         np.testing.assert_array_equal(given[name], made[name])
-    for hint in PAIRED:
+    for hint in PAIRED_TYPES:
         has_partner = np.array([hint in row.partners for row in table.rows(ids)])
         assert 0 < has_partner.sum() < len(ids)
         equal = (given[f"hint.{hint}"] == made[f"hint.{hint}"]).all(axis=(1, 2, 3))

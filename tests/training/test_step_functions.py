@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.data.latents import LatentStats
+from ray_pipeline.sections import OptimizerConfig
 from ray_pipeline.training.step import learning_rate, stack_hints
 
 

@@ -1,0 +1,292 @@
+"""The sections of the YAML as typed, validated models; every key has one home here."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from ray_pipeline.models.architectures import ARCHITECTURES
+
+CONDITION_TYPES = ("super_resolution", "denoising", "canny", "depth")
+#: those whose hint may be a degraded partner on disk
+PAIRED_TYPES = ("super_resolution", "denoising")
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A mapping of the YAML; refuses keys it does not know and never changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads true as 1, and YAML reads on and yes as true
+        kinds = flatten(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and bool not in kinds and value not in kinds:
+            raise ValueError(f"expected another value than {'true' if value else 'false'}")
+        return value
+
+
+class SimulateConfig(Section):
+    """The embedded sample data set; written to `data.root` when nothing is there yet."""
+
+    fields: Annotated[int, Field(ge=2)] = 64  # one for each split at least
+    field_size: Positive = 512
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class DataConfig(Section):
+    """Where the tiles are and how they become latents."""
+
+    root: str = "data"
+    mode: Literal["latents", "tiles"] = "latents"  # tiles are encoded once before training, or while it runs
+    tile_size: Positive = 512
+    latents: str | None = None  # default: <root>/latents
+    augment_variants: Annotated[int, Field(ge=1, le=8)] = 1
+    shard_rows: Positive = 1024
+    shuffle_window: Positive | None = None  # rows; None: as large as the data set, a full shuffle
+    super_resolution_scale: Literal[2, 4, 8] = 4
+    simulate: SimulateConfig | None = None
+
+
+class ModelConfig(Section):
+    """The diffusion transformer. `architecture: custom` takes depth, hidden_size, num_heads and patch_size."""
+
+    architecture: str = "DiT-XL/8"
+    latent_size: Positive = 64
+    latent_channels: Positive = 4
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    patch_size: Positive | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    noise_embedding: Literal["reference", "scaled"] = "scaled"
+
+    @model_validator(mode="after")
+    def _check_architecture(self) -> ModelConfig:
+        shape = {k: getattr(self, k) for k in ("depth", "hidden_size", "num_heads", "patch_size")}
+        if self.architecture == "custom":
+            missing = [k for k, v in shape.items() if v is None]
+            if missing:
+                raise ValueError(f"architecture custom needs {', '.join(missing)}")
+            if self.hidden_size % self.num_heads:
+                raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        elif self.architecture not in ARCHITECTURES:
+            nearest = difflib.get_close_matches(self.architecture, ARCHITECTURES, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"unknown architecture {self.architecture!r}; the nearest known one is {nearest!r}, and "
+                "'custom' takes depth, hidden_size, num_heads and patch_size"
+            )
+        else:
+            for key, expected in ARCHITECTURES[self.architecture].items():
+                if shape[key] not in (None, expected):
+                    raise ValueError(
+                        f"{key} {shape[key]} does not fit {self.architecture}, which has {expected}; "
+                        f"leave it out or use architecture: custom"
+                    )
+        patch = self.shape["patch_size"]
+        if self.latent_size % patch:
+            raise ValueError(f"latent_size {self.latent_size} is not a multiple of the patch size {patch}")
+        if self.shape["hidden_size"] % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (sin-cos positions need it)")
+        return self
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """depth, hidden_size, num_heads and patch_size, whether named or custom."""
+        if self.architecture == "custom":
+            return {k: getattr(self, k) for k in ("depth", "hidden_size", "num_heads", "patch_size")}
+        return dict(ARCHITECTURES[self.architecture])
+
+
+class VaeConfig(Section):
+    """The autoencoder: `embedded`, a folder in diffusers format, or a hub id."""
+
+    pretrained: str = "embedded"
+    batch_size: Positive = 4  # images an actor encodes at once
+    actors: Positive | None = None  # default: one a GPU worker, else one a CPU core
+    gpus_per_actor: PositiveFloat | None = None  # default: a GPU each to encode beforehand, none in data.mode tiles
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class SchedulerConfig(Section):
+    """EDM (Karras et al. 2022); the names are those of diffusers' EDMEulerScheduler."""
+
+    type: Literal["EDMEulerScheduler"] = "EDMEulerScheduler"
+    num_train_timesteps: Positive = 1000
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+    sigma_data: PositiveFloat = 0.5
+    rho: PositiveFloat = 7.0
+    prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
+    P_mean: float = -1.2
+    P_std: PositiveFloat = 1.2
+
+    @model_validator(mode="after")
+    def _check_range(self) -> SchedulerConfig:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must lie below sigma_max {self.sigma_max}")
+        return self
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights; validation and samples use it.
+
+    Before `start_step` the average is a copy of the weights.
+    """
+
+    enabled: bool = True
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    update_every: Positive = 1
+    start_step: Annotated[int, Field(ge=0)] = 2000
+
+
+class OptimizerConfig(Section):
+    """Fused AdamW."""
+
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    grad_clip: PositiveFloat | None = 1.0
+
+
+class TrainConfig(Section):
+    """A micro-step (`batch_size`, on one device) and an optimizer step (`global_batch`, over all of them)."""
+
+    batch_size: Positive = 2
+    global_batch: Positive = 256
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it, else fp32
+    dataloader_workers: Positive = 1  # gather tasks a rank
+    threads: Positive | None = None  # CPU threads a worker; default: the node's cores over its workers
+    compile: bool = False
+
+
+class MonitoringConfig(Section):
+    """What is recorded and how often; the unit of intervals is the optimizer step."""
+
+    log_every_n_steps: Positive = 10
+    val_check_interval: Positive = 100
+    val_tiles: Positive = 512  # at most so many validation tiles
+    val_noise_levels: Annotated[int, Field(ge=1, le=1000)] = 4
+    plot_loss: bool = True
+    plot_lr: bool = True
+    plot_samples: bool = True
+    sample_every_n_epochs: Positive = 5
+    num_samples: Positive = 16
+    sample_steps: Annotated[int, Field(ge=2)] = 20
+    tensorboard: bool = True
+
+
+class CheckpointConfig(Section):
+    """Safety saves between the epochs that a phase keeps; the newest one replaces the one before."""
+
+    every_minutes: PositiveFloat | None = 30.0
+
+
+class SweepConfig(Section):
+    """The search between the phases."""
+
+    enabled: bool = False
+
+    @field_validator("enabled")
+    @classmethod
+    def _refuse(cls, enabled: bool) -> bool:
+        if enabled:
+            raise ValueError("this version has no sweep; set sweep.enabled: false")
+        return enabled
+
+
+class DatasetChoice(Section):
+    """A data set that a phase draws from; in the YAML a bare name stands for {name: NAME}.
+
+    weight: its share of the samples is weight / sum of weights. degradations: hints from degraded partners where there
+    are some and simulated ones elsewhere (auto), from partners alone (real), or simulated alone.
+    """
+
+    name: str
+    weight: PositiveFloat | None = None
+    degradations: Literal["auto", "real", "simulated"] = "auto"
+
+
+class PhaseConfig(Section):
+    """One training: unconditional without condition_types, hint-conditioned with them."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    epochs: Positive
+    epochs_to_save: tuple[Positive, ...] | None = None
+    condition_types: tuple[Literal[CONDITION_TYPES], ...] = ()
+    condition_dropout: Fraction = 0.1
+    datasets: tuple[DatasetChoice, ...] = ()  # default: every data set under data.root
+    init: str | None = None  # a checkpoint folder; default: the best EMA weights of the phase before
+    lr: PositiveFloat | None = None  # default: optimizer.lr
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
+        return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
+
+    @model_validator(mode="after")
+    def _check(self) -> PhaseConfig:
+        # auto and real give the same hints wherever real is possible
+        drawn = [choice.name + " (simulated)" * (choice.degradations == "simulated") for choice in self.datasets]
+        for field, values in (("condition_types", self.condition_types), ("datasets", drawn)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{field} lists an entry twice: {', '.join(values)}")
+        unweighted = [choice.name for choice in self.datasets if choice.weight is None]
+        if unweighted and len(unweighted) < len(self.datasets):
+            raise ValueError(f"datasets: {unweighted[0]} has no weight but others have; give all of them one, or none")
+        chosen = [choice.name for choice in self.datasets if choice.degradations != "auto"]
+        if chosen and not set(self.condition_types) & set(PAIRED_TYPES):
+            raise ValueError(
+                f"datasets: degradations of {chosen[0]} has no effect, since condition_types holds neither "
+                f"{' nor '.join(PAIRED_TYPES)}; leave it out"
+            )
+        beyond = [e for e in self.epochs_to_save or () if e > self.epochs]
+        if beyond:
+            warnings.warn(
+                f"phase {self.name}: epochs_to_save {beyond} lie beyond its {self.epochs} epochs and are never reached",
+                stacklevel=2,
+            )
+        return self
+
+    @property
+    def save_epochs(self) -> tuple[int, ...]:
+        """Epochs (from 1) after which a checkpoint is kept: as given, else 25, 50, 75 and 100 %."""
+        if self.epochs_to_save is not None:
+            return tuple(sorted({e for e in self.epochs_to_save if e <= self.epochs}))
+        return tuple(sorted({max(1, round(self.epochs * quarter / 4)) for quarter in (1, 2, 3, 4)}))
+
+
+class RayConfig(Section):
+    """Where the work runs. `address: local` starts a Ray of its own and shuts it down at the end."""
+
+    address: str = "auto"  # auto: the cluster this process runs in (RAY_ADDRESS, a Ray job), else local
+    num_workers: Positive = 1
+    use_gpu: Literal["auto", True, False] = "auto"
+    cpus_per_worker: PositiveFloat = 1.0
+    resources_per_worker: dict[str, PositiveFloat] = {}
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    dashboard: bool = False
+
+
+def flatten(annotation: Any) -> list[Any]:
+    """The plain types that an annotation is made of."""
+    arguments = getattr(annotation, "__args__", None)
+    if not arguments:
+        return [annotation]
+    return [leaf for argument in arguments for leaf in flatten(argument)]
