@@ -2,7 +2,8 @@
 
 Every rank runs its own pipeline: chunks of steps -> gather actors, which ask the plan for ids and read the rows. Order
 is the plan's; Ray only moves the rows. A chunk travels as one row of Ray Data, which never cuts a row, and holds whole
-steps: what arrives is cut without a copy.
+steps: what arrives is cut without a copy. The first chunk of stored latents the training process gathers itself, by the
+same code, while the actors start.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ class Gather:
 def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yield (step, {"index", "latent", "hint.<name>"}) for steps first_step to last_step - 1, in this order.
 
-    Arrays are read-only. Raises RuntimeError if the rows that arrive are not the planned ones.
+    Arrays may be views of shared memory: copy before writing. Raises RuntimeError if the rows that arrive are not the
+    planned ones.
     """
     if first_step >= last_step:
         return
