@@ -59,8 +59,8 @@ def choose_members(phase: PhaseConfig, datasets: Sequence[DataSet], where: str) 
         entry = known.get(choice.name)
         if entry is None:
             raise UserError(
-                f"phase {phase.name}: datasets names {choice.name!r}, but {where} holds {', '.join(known)}; correct "
-                "the name or prepare that data set"
+                f"phases[].datasets of {phase.name} names {choice.name!r}, but {where} holds {', '.join(known)}; "
+                "correct the name or prepare that data set"
             )
         for hint in PAIRED_TYPES:
             lacking = entry.count - entry.partners.get(hint, 0)

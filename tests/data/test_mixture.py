@@ -117,7 +117,7 @@ def test_the_plan_is_of_the_run_and_the_phase():
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
     said = refusal("cells", "cell")
-    assert said.startswith("phase p: datasets names 'cell', but store/train holds beads, cells, empty, neurons; ")
+    assert said.startswith("phases[].datasets of p names 'cell', but store/train holds beads, cells, empty, neurons; ")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def spoil_output(data: Path, autoencoder: Path) -> list[str]:
         (spoil_autoencoder_weights, ["vae.pretrained", "fresh copy"]),
         (spoil_resources, ["ray.num_workers=500", "CPU"]),
         (spoil_later_checkpoint, ["absent.ckpt"]),
-        (spoil_later_dataset, ["phases.1.datasets", "absent", "simulated"]),
+        (spoil_later_dataset, ["phases[].datasets of phase2_conditional", "absent", "simulated"]),
         (spoil_uri, ["s3://bucket/run", "local"]),
         (spoil_output, ["output_dir", "cannot be written"]),
     ],
