@@ -38,7 +38,19 @@ setup(
         "huggingface-hub>=0.23",
     ],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.6", "psutil>=5.9", "moto[s3]>=5", "flask>=3", "flask-cors>=4"],
+        "zarr": ["zarr>=3"],  # OME-Zarr folders
+        "depth": ["transformers>=4.45"],  # data.hints.depth.model
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.6",
+            "psutil>=5.9",
+            "moto[s3]>=5",
+            "flask>=3",
+            "flask-cors>=4",
+            "zarr>=3",
+            "transformers>=4.45",
+            "setuptools>=68",  # the tests install an example package
+        ],
         "bench": ["streaming-community>=0.12"],  # MosaicML Streaming's maintained fork, to compare with
     },
     entry_points={"console_scripts": ["ray-pipeline=ray_pipeline.cli:main"]},

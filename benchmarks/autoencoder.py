@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
-from ray_pipeline.data.images import IMAGE_SUFFIXES, read_image
+from ray_pipeline.data.images import IMAGE_SUFFIXES, open_image
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 
 
@@ -71,11 +71,12 @@ def _files(paths: list[Path]) -> list[Path]:
 
 
 def _tiles(path: Path) -> list[torch.Tensor]:
-    """Every channel as a tile in [-1, 1], cut to multiples of 8."""
-    pixels = read_image(path).pixels
+    """Every plane as a tile in [-1, 1], cut to multiples of 8."""
+    image = open_image(path)
+    pixels = np.stack([image.plane(*index) for index in np.ndindex(*(image.sizes[axis] for axis in "TCZ"))])
     unit = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
     height, width = (8 * (n // 8) for n in unit.shape[1:])
-    return [torch.from_numpy(np.ascontiguousarray(2 * channel[:height, :width] - 1)) for channel in unit]
+    return [torch.from_numpy(np.ascontiguousarray(2 * plane[:height, :width] - 1)) for plane in unit]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import torch
 from ray_pipeline.config import Config
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
-from ray_pipeline.training.launch import check_resources, ray_session
-from ray_pipeline.training.setup import make_edm, make_network, make_optimizer
+from ray_pipeline.ray_session import ray_session
+from ray_pipeline.training.launch import check_resources
+from ray_pipeline.training.setup import make_edm, make_network, make_optimizer, stream_cpus
 
 _PACKAGES = (
     "torch", "ray", "diffusers", "timm", "numpy", "pillow", "pandas", "opencv-python-headless", "pyarrow",
@@ -81,7 +82,7 @@ def _try_step(config: Config) -> str:
 
 
 def _try_ray(config: Config) -> str:
-    with ray_session(config):
+    with ray_session(config.ray, more_cpus=stream_cpus(config)):
         check_resources(config)
         have = ray.cluster_resources()
         answer = ray.get(ray.remote(num_cpus=0.1)(lambda: "answers").remote(), timeout=60)

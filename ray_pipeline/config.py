@@ -87,9 +87,10 @@ class Config(Section):
 
     @property
     def hint_names(self) -> tuple[str, ...]:
-        """Every condition type that some phase uses, in the order of CONDITION_TYPES."""
+        """Every condition type that some phase uses, those of CONDITION_TYPES first, in their order."""
         used = {name for phase in self.phases for name in phase.condition_types}
-        return tuple(name for name in CONDITION_TYPES if name in used)
+        known = [name for name in CONDITION_TYPES if name in used]
+        return (*known, *sorted(used.difference(known)))
 
     @property
     def simulated_names(self) -> tuple[str, ...]:
@@ -135,7 +136,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_describe(problem) for problem in error.errors())) from None
+        raise UserError(f"{source}: " + "; ".join(describe_problem(p, Config) for p in error.errors())) from None
 
 
 def _apply_override(tree: dict, override: str) -> None:
@@ -168,10 +169,14 @@ def _apply_override(tree: dict, override: str) -> None:
             node = node[part]
 
 
-def _describe(problem: Mapping[str, Any]) -> str:
-    path = ".".join(str(part) for part in problem["loc"]) or "config"
+def describe_problem(problem: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> str:
+    """What pydantic found wrong in the values of `model`, in one sentence; `prefix` is the path of its section."""
+    path = ".".join([prefix] * bool(prefix) + [str(part) for part in problem["loc"]]) or "config"
     if problem["type"] == "extra_forbidden":
-        nearest = _nearest(str(problem["loc"][-1]), _keys_at(problem["loc"][:-1]))
+        known = _keys_at(problem["loc"][:-1], model)
+        if not known:
+            return f"unknown key {path}; {prefix} has no keys"
+        nearest = _nearest(str(problem["loc"][-1]), known)
         return f"unknown key {path}; the nearest known key is {'.'.join([*path.split('.')[:-1], nearest])}"
     if problem["type"] == "missing":
         return f"{path} is missing and has no default"
@@ -188,9 +193,8 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return max(known, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
 
 
-def _keys_at(location: Sequence[str | int]) -> list[str]:
-    """Known keys of the section at `location`."""
-    model: type[BaseModel] = Config
+def _keys_at(location: Sequence[str | int], model: type[BaseModel]) -> list[str]:
+    """Known keys of the section at `location` of `model`."""
     for part in location:
         if isinstance(part, int):
             continue

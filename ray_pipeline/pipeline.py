@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 import yaml
 
 from ray_pipeline import estimate
@@ -13,17 +17,22 @@ from ray_pipeline.checkpoints import CheckpointStore, open_checkpoint
 from ray_pipeline.config import Config, load_config
 from ray_pipeline.data import encode as encoding
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
+from ray_pipeline.data.hint_preview import preview, with_hints
+from ray_pipeline.data.hint_registry import known_hints, resolve_hints
 from ray_pipeline.data.listing import Listing, list_tiles
 from ray_pipeline.data.manifest import dataset_folders
 from ray_pipeline.data.mixture import make_mixture, validation_rows
 from ray_pipeline.data.sources.simulate import simulate
+from ray_pipeline.data.verify import Comparison, compare_sample
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.progress import Progress
+from ray_pipeline.monitoring.tile_grid import Window, sample_grid
+from ray_pipeline.ray_session import ray_session
 from ray_pipeline.storage import Folder, replace_file
-from ray_pipeline.training.launch import check_resources, ray_session, run_phase, uses_gpu
-from ray_pipeline.training.setup import PhaseJob, checkpoint_folder
+from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
+from ray_pipeline.training.setup import PhaseJob, checkpoint_folder, stream_cpus
 
 #: sections that may differ between a run and its resume: where it runs and what it shows, not what it computes
 _FREE_TO_CHANGE = ("ray", "monitoring", "checkpoint", "output_dir")
@@ -57,7 +66,7 @@ def prepare_data(config: Config) -> None:
         field_size=settings.field_size,
         tile_size=config.data.tile_size,
         val_fraction=settings.val_fraction,
-        scale=config.data.super_resolution_scale,
+        scale=settings.scale,
         workers=os.cpu_count() or 1,
         progress=lambda done, _: progress.update(done),
     )
@@ -76,12 +85,42 @@ def look(config: Config, *, overwrite: bool = False) -> Prepared:
     """
     job = encode_job(config)
     autoencoder = load_autoencoder(
-        job.autoencoder, precision=job.precision, latent_channels=config.model.latent_channels
+        job.autoencoder,
+        precision=job.precision,
+        latent_channels=config.model.latent_channels,
+        posterior=job.posterior,
     )
     listing = list_tiles(job)
     fingerprint = encoding.fingerprint(job, listing, autoencoder)
     stored = False if overwrite else encoding.check_store(job, fingerprint)
     return Prepared(job=job, listing=listing, fingerprint=fingerprint, stored=stored)
+
+
+def hint_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """Every known hint with all its parameters, as data.hints and the defaults give them."""
+    return resolve_hints(config.data.hints, known_hints())
+
+
+def preview_hints(config: Config, names: Sequence[str], count: int, path: Path) -> None:
+    """Draw tiles of data.root with these hints (all, where none is named) as a PNG; UserError for an unknown name."""
+    if count < 1:
+        raise UserError(f"--tiles {count}: expected at least 1; change it")
+    prepare_data(config)
+    heads, rows = preview(with_hints(encode_job(config), names, config.data.hints), count)
+    shown = [[Window.of(images[0]).of_hint(*pair) for pair in zip(heads, images, strict=True)] for images in rows]
+    columns = [(head, np.stack([row[number] for row in shown])) for number, head in enumerate(heads)]
+    sample_grid(columns, path, title="hints, a tile in each row")
+
+
+def verify(config: Config) -> tuple[str, int, Comparison]:
+    """The latent store, how many of its shards are whole, and a sample of it encoded again; UserError for a damaged
+    store, or one of other tiles or settings."""
+    store = encode_job(config).store
+    shards = encoding.check_shards(store)
+    prepared = look(config)
+    if not prepared.stored:
+        raise UserError(f"{store} is not finished, so there is nothing to compare; run `ray-pipeline encode` first")
+    return store, shards, compare_sample(prepared.job, torch.cuda.is_available())
 
 
 def encode(config: Config, prepared: Prepared) -> None:
@@ -128,7 +167,7 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Pat
     estimate.check_disk(run_dir, estimate.output_bytes(estimates) - _bytes_in(run_dir), "output_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / "config.yaml", config.to_yaml().encode())
-    with ray_session(config, verbose=verbose):
+    with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
         encode(config, prepared)
         for index, phase in enumerate(config.phases):

@@ -9,10 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ray_pipeline.models.architectures import ARCHITECTURES
+from ray_pipeline.plugins import HINTS, plugin_names
 
 CONDITION_TYPES = ("super_resolution", "denoising", "canny", "depth")
-#: those whose hint may be a degraded partner on disk
+#: those whose hint is a degraded image, a partner on disk or simulated
 PAIRED_TYPES = ("super_resolution", "denoising")
+#: those whose hint may be an image on disk: degraded partners, and the depth that `prepare` takes from focus
+PARTNER_TYPES = (*PAIRED_TYPES, "depth")
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -41,6 +44,7 @@ class SimulateConfig(Section):
     fields: Annotated[int, Field(ge=2)] = 64  # one for each split at least
     field_size: Positive = 512
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    scale: Literal[2, 4, 8] = 4  # of the low-resolution partners
     seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -54,7 +58,8 @@ class DataConfig(Section):
     augment_variants: Annotated[int, Field(ge=1, le=8)] = 1
     shard_rows: Positive = 1024
     shuffle_window: Positive | None = None  # rows; None: as large as the data set, a full shuffle
-    super_resolution_scale: Literal[2, 4, 8] = 4
+    max_rejected: Annotated[int, Field(ge=0)] = 0  # bad tiles that encoding may leave out
+    hints: dict[str, dict[str, Any]] = {}  # parameters of each hint: data/hint_registry.py knows and checks them
     simulate: SimulateConfig | None = None
 
 
@@ -116,6 +121,7 @@ class VaeConfig(Section):
     actors: Positive | None = None  # default: one a GPU worker, else one a CPU core
     gpus_per_actor: PositiveFloat | None = None  # default: a GPU each to encode beforehand, none in data.mode tiles
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    posterior: Literal["mode", "sample"] = "mode"  # AutoencoderKL: sample also stores the std and draws from it
 
 
 class SchedulerConfig(Section):
@@ -226,11 +232,23 @@ class PhaseConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
     epochs: Positive
     epochs_to_save: tuple[Positive, ...] | None = None
-    condition_types: tuple[Literal[CONDITION_TYPES], ...] = ()
+    condition_types: tuple[str, ...] = ()
     condition_dropout: Fraction = 0.1
     datasets: tuple[DatasetChoice, ...] = ()  # default: every data set under data.root
     init: str | None = None  # a checkpoint folder; default: the best EMA weights of the phase before
     lr: PositiveFloat | None = None  # default: optimizer.lr
+
+    @field_validator("condition_types")
+    @classmethod
+    def _known_hints(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = (*CONDITION_TYPES, *plugin_names(HINTS))
+        for name in names:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"unknown condition type {name!r}, expected some of {', '.join(known)}; the nearest is {nearest!r}"
+                )
+        return names
 
     @field_validator("datasets", mode="before")
     @classmethod

@@ -7,12 +7,12 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ray_pipeline"
 FLOORS = {
-    "cli": 4, "__main__": 5,
+    "cli": 4, "cli_data": 4, "__main__": 5,
     "pipeline": 3, "inference": 3, "estimate": 3, "status": 3, "check": 3,
     "training": 2,
     "data": 1,
     "models": 0, "diffusion": 0, "monitoring": 0, "checkpoints": 0, "config": 0, "sections": 0,
-    "storage": 0, "errors": 0, "__init__": 0,
+    "storage": 0, "plugins": 0, "ray_session": 0, "errors": 0, "__init__": 0,
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -14,33 +14,43 @@ from contextlib import closing
 
 import numpy as np
 import ray.data
-import torch
 
 from ray_pipeline.data.encode_job import EncodeJob
+from ray_pipeline.data.hint_registry import hint_fingerprint
 from ray_pipeline.data.latents import FORMAT_VERSION, LatentStats, LatentStore, read_stats
 from ray_pipeline.data.listing import Listing
 from ray_pipeline.data.manifest import SPLITS
-from ray_pipeline.data.shards import shard_is_whole, write_shard
-from ray_pipeline.data.tile_encoder import Request, TileEncoder
+from ray_pipeline.data.rejected import REJECTED_FILE, Rejected, in_words, rejected_csv
+from ray_pipeline.data.shard_encoder import (
+    LISTED_TILES,
+    ShardEncoder,
+    record_file,
+    shard_number,
+    stored_record,
+    write_json,
+)
 from ray_pipeline.data.tile_table import TileTable, write_tile_table
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import Autoencoder
 from ray_pipeline.storage import Folder
 
-#: tables of tiles in the folder of a split: of the rows that are stored, and of those that data.mode tiles streams
+#: tables of tiles in the folder of a split, without rejected ones: of the rows that are stored, and of those that
+#: data.mode tiles streams
 STORED_TILES, STREAMED_TILES = "tiles.arrow", "streamed_tiles.arrow"
 
 
 def fingerprint(job: EncodeJob, listing: Listing, autoencoder: Autoencoder) -> str:
     """sha256 of manifests, autoencoder weights, and every setting that changes a stored byte."""
-    skipped = ("root", "store", "autoencoder", "batch_size")
+    skipped = ("root", "store", "autoencoder", "batch_size", "max_rejected")
     settings = {k: v for k, v in dataclasses.asdict(job).items() if k not in skipped}
+    settings["hint_settings"] = {name: hint_fingerprint(name, job.hint_settings[name]) for name in job.hints}
     parts = [FORMAT_VERSION, settings, listing.fingerprint, autoencoder.fingerprint()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def check_store(job: EncodeJob, expected: str) -> bool:
-    """True when a finished store with this fingerprint is there; UserError when it is another one.
+    """True when a finished store with this fingerprint is there; UserError when it is another one, or when more tiles
+    were left out of it than job.max_rejected.
 
     False also when an index, a table of tiles or a shard of it is gone, or a shard cut short, so that `encode` makes
     them again.
@@ -60,9 +70,17 @@ def check_store(job: EncodeJob, expected: str) -> bool:
     if any(store.child(split).size(name) < 0 for split, name in tables):
         return False
     try:
-        return not any(LatentStore.open(store.child(split)).missing() for split in SPLITS)
+        opened = [LatentStore.open(store.child(split)) for split in SPLITS]
     except UserError:
         return False
+    left_out = sum(split.index["rejected"] for split in opened)
+    if left_out > job.max_rejected:
+        raise UserError(
+            f"{store.where(REJECTED_FILE)} lists {left_out} tiles that were left out of the store, more than "
+            f"data.max_rejected {job.max_rejected}; repair them and run `ray-pipeline encode --overwrite`, or set "
+            f"data.max_rejected={left_out}"
+        )
+    return not any(split.missing() for split in opened)
 
 
 def stored_tiles(job: EncodeJob, listing: Listing) -> Listing:
@@ -81,41 +99,67 @@ def encode(
 ) -> LatentStats:
     """Encode what is missing with `actors` autoencoder actors on the Ray that is running; returns the statistics.
 
-    progress is called with the number of tiles just stored.
+    Tiles that cannot be used are listed in <store>/rejected.csv; more than job.max_rejected of them are a UserError.
+    progress is called with the number of tiles just looked at.
     """
     store, stored = Folder(job.store), stored_tiles(job, listing)
     # the mark of a finished store: from the first new shard on, this is none
     store.remove(["stats.json"])
     for split in SPLITS:
-        write_tile_table(store.child(split), STORED_TILES, stored.rows[split], stored.datasets[split])
-    if job.sample_rows is not None:
-        write_tile_table(store.child("train"), STREAMED_TILES, listing.rows["train"], listing.datasets["train"])
+        write_tile_table(store.child(split), LISTED_TILES, stored.rows[split], stored.datasets[split])
     records: dict[str, list[dict]] = {split: [] for split in SPLITS}
     counts = {split: len(rows) for split, rows in stored.rows.items()}
     with closing(_shard_records(job, counts, expected, actors, gpus_per_actor)) as made:
         for split, record in made:
             records[split].append(record)
-            progress(record["rows"])
+            progress(record["rows"] + len(record["rejected"]))
+            if record["rejected"]:
+                _list_rejected(job, listing, records)
+    _list_rejected(job, listing, records)
+    bad = {split: [row["id"] for record in shards for row in record["rejected"]] for split, shards in records.items()}
+    stored = stored.without(bad)
+    if job.sample_rows is not None:
+        streamed = listing.without(bad)
+        write_tile_table(store.child("train"), STREAMED_TILES, streamed.rows["train"], streamed.datasets["train"])
     for split, shards in records.items():
-        shards.sort(key=_number)  # sums of floats depend on their order, too
+        write_tile_table(store.child(split), STORED_TILES, stored.rows[split], stored.datasets[split])
+        shards.sort(key=shard_number)  # sums of floats depend on their order, too
         index = {
             "version": FORMAT_VERSION,
             "fingerprint": expected,
             "shape": job.shape,
+            "posterior": job.posterior,
             "hints": job.hints,
             "simulated": job.simulated,
             "variants": job.variants,
+            "rejected": len(bad[split]),
             "datasets": [dataclasses.asdict(entry) for entry in stored.datasets[split]],
             "shards": [{key: shard[key] for key in ("file", "rows", "bytes", "sha256")} for shard in shards],
         }
-        _write_json(store.child(split), "index.json", index)
+        write_json(store.child(split), "index.json", index)
         _remove_strays(store.child(split), shards)
     stats = _statistics(records["train"], expected)
-    _write_json(store, "stats.json", stats.as_json())
+    write_json(store, "stats.json", stats.as_json())
     return stats
 
 
-def verify(store: str) -> int:
+def _list_rejected(job: EncodeJob, listing: Listing, records: dict[str, list[dict]]) -> None:
+    """Write the list of all tiles that cannot be used, and stop where they are too many."""
+    found = [Rejected(**row) for split in SPLITS for record in records[split] for row in record["rejected"]]
+    rows = [*listing.rejected, *sorted(found, key=lambda row: row.id)]
+    store = Folder(job.store)
+    if not rows:
+        store.remove([REJECTED_FILE])
+        return
+    store.write(REJECTED_FILE, rejected_csv(rows))
+    if len(rows) > job.max_rejected:
+        raise UserError(
+            f"{len(rows)} tiles cannot be used, more than data.max_rejected {job.max_rejected} ({in_words(rows)}; "
+            f"all in {store.where(REJECTED_FILE)}); repair them or set data.max_rejected higher"
+        )
+
+
+def check_shards(store: str) -> int:
     """Check every shard of every split against its hash; returns how many there are, UserError names the bad ones.
 
     A table of tiles that does not open is a UserError as well.
@@ -134,48 +178,6 @@ def verify(store: str) -> int:
     return count
 
 
-class ShardEncoder:
-    """Ray actor: holds the autoencoder, turns rows of {"split", "shard"} into files."""
-
-    def __init__(self, job: EncodeJob, expected: str, use_gpu: bool):
-        torch.set_num_threads(1)
-        self.job, self.expected = job, expected
-        self.encoder = TileEncoder(job, use_gpu)
-        self.tables: dict[str, TileTable] = {}
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        places = list(zip(batch["split"].tolist(), batch["shard"].tolist(), strict=True))
-        return {
-            "split": batch["split"],
-            "record": np.array([self._answer(split, number) for split, number in places], dtype=object),
-        }
-
-    def _answer(self, split: str, number: int) -> str:
-        """The shard's record, or what is wrong with its tiles: Ray keeps no cause of an error that a task raises."""
-        try:
-            return json.dumps(self._encode(split, number))
-        except UserError as error:
-            return json.dumps({"wrong": str(error)})
-
-    def _encode(self, split: str, number: int) -> dict:
-        folder = Folder(self.job.store).child(split)
-        if split not in self.tables:
-            self.tables[split] = TileTable(folder, STORED_TILES)
-        table = self.tables[split]
-        first = number * self.job.shard_rows
-        rows = table.rows(np.arange(first, min(first + self.job.shard_rows, len(table))))
-        values = self.encoder.encode([Request(row, range(self.job.variants), self.job.columns) for row in rows])
-        latents = [values[row, :, 0] for row in range(len(rows))]
-        record = write_shard(folder, _shard_file(number), values) | {
-            "count": sum(latent.size // latent.shape[1] for latent in latents),
-            "sum": sum(latent.sum(axis=(0, 2, 3), dtype=np.float64) for latent in latents).tolist(),
-            "square": sum(np.square(latent, dtype=np.float64).sum(axis=(0, 2, 3)) for latent in latents).tolist(),
-            "fingerprint": self.expected,
-        }
-        _write_json(folder, _record_file(number), record)
-        return record
-
-
 def _shard_records(
     job: EncodeJob, counts: dict[str, int], expected: str, actors: int, gpus: float
 ) -> Iterator[tuple[str, dict]]:
@@ -183,7 +185,7 @@ def _shard_records(
     todo = []
     for split in SPLITS:
         for number in range(-(-counts[split] // job.shard_rows)):
-            record = _stored_record(Folder(job.store).child(split), number, expected)
+            record = stored_record(Folder(job.store).child(split), number, expected)
             if record:
                 yield split, record
             else:
@@ -207,24 +209,6 @@ def _shard_records(
         yield row["split"], record
 
 
-def _stored_record(folder: Folder, number: int, expected: str) -> dict | None:
-    """What was recorded of a shard that is there and whole, else None."""
-    try:
-        record = json.loads(folder.read(_record_file(number)))
-    except (FileNotFoundError, ValueError):
-        return None
-    same = record.get("fingerprint") == expected and shard_is_whole(folder, record["file"], record["sha256"])
-    return record if same else None
-
-
-def _shard_file(number: int) -> str:
-    return f"shard-{number:05d}.npy"
-
-
-def _record_file(number: int) -> str:
-    return f"shard-{number:05d}.json"
-
-
 def _statistics(shards: Sequence[dict], expected: str) -> LatentStats:
     tiles, count = (sum(shard[key] for shard in shards) for key in ("rows", "count"))
     mean = np.sum([shard["sum"] for shard in shards], axis=0) / count
@@ -238,20 +222,13 @@ def _statistics(shards: Sequence[dict], expected: str) -> LatentStats:
     return LatentStats(mean=mean, std=std, count=tiles, fingerprint=expected)
 
 
-def _write_json(folder: Folder, name: str, value: dict) -> None:
-    folder.write(name, (json.dumps(value) + "\n").encode())
-
-
-def _number(record: dict) -> int:
-    # by number: the sixth digit of the millionth shard would spoil the order of names
-    return int(record["file"].removeprefix("shard-").removesuffix(".npy"))
-
-
 def _remove_strays(folder: Folder, shards: Sequence[dict]) -> None:
     """Delete shards and records that the index does not name, left by another shard size, and the pieces of a kill."""
-    kept = {name for shard in shards for name in (shard["file"], _record_file(_number(shard)))}
+    kept = {name for shard in shards for name in (shard["file"], record_file(shard_number(shard)))}
     folder.remove(
         name
         for name in folder.names()
-        if (name.startswith("shard-") and name not in kept) or (name.startswith(".") and name.endswith(".tmp"))
+        if name == LISTED_TILES
+        or (name.startswith("shard-") and name not in kept)
+        or (name.startswith(".") and name.endswith(".tmp"))
     )

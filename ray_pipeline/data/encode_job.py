@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ray_pipeline.config import Config
+from ray_pipeline.data.hint_registry import resolve_hints
 from ray_pipeline.data.latents import column_names
 from ray_pipeline.models.architectures import DOWNSCALE
 from ray_pipeline.storage import Folder
@@ -17,18 +19,13 @@ SAMPLE_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class HintSettings:
-    """What changes a hint's pixels, and so belongs to the fingerprint of stored latents."""
-
-    super_resolution_scale: int = 4
-
-
-@dataclass(frozen=True)
 class EncodeJob:
     """One data root, autoencoder and set of hints.
 
-    simulated: hints that are also made from the tile where it has a degraded partner. sample_rows: so many tiles of
-    each data set and split are stored, evenly spaced; None stores all.
+    simulated: hints that are also made from the tile where it has a degraded partner. hint_settings: every parameter of
+    every hint. posterior: `sample` stores the std of the tiles' latents beside their mean. sample_rows: so many tiles
+    of each data set and split are stored, evenly spaced; None stores all. max_rejected: so many bad tiles may be left
+    out.
     """
 
     root: str
@@ -36,14 +33,16 @@ class EncodeJob:
     tile_size: int
     hints: tuple[str, ...]
     simulated: tuple[str, ...]
-    hint_settings: HintSettings
+    hint_settings: dict[str, dict[str, Any]]
     variants: int
     shard_rows: int
     sample_rows: int | None
     autoencoder: str
     precision: str
+    posterior: str
     latent_channels: int
     batch_size: int
+    max_rejected: int
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,7 +53,7 @@ class EncodeJob:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the latents that are stored for every row and variant."""
-        return column_names(self.hints, self.simulated)
+        return column_names(self.hints, self.simulated, self.posterior)
 
     @property
     def row_bytes(self) -> int:
@@ -74,12 +73,14 @@ def encode_job(config: Config) -> EncodeJob:
         tile_size=config.data.tile_size,
         hints=config.hint_names,
         simulated=config.simulated_names,
-        hint_settings=HintSettings(super_resolution_scale=config.data.super_resolution_scale),
+        hint_settings=resolve_hints(config.data.hints, config.hint_names),
         variants=config.data.augment_variants,
         shard_rows=config.data.shard_rows,
         sample_rows=SAMPLE_ROWS if sampled else None,
         autoencoder=str(folder.absolute()) if folder.is_dir() else pretrained,  # workers change directory
         precision=config.vae.precision,
+        posterior=config.vae.posterior,
         latent_channels=config.model.latent_channels,
         batch_size=config.vae.batch_size,
+        max_rejected=config.data.max_rejected,
     )

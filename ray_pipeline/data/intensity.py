@@ -5,10 +5,11 @@ HISTOGRAM_BINS bins between the minimum and maximum of all their pixels.
 """
 
 import numpy as np
+from skimage.filters import threshold_otsu
 
 HISTOGRAM_BINS = 1 << 20
 PIXELS_AT_ONCE = 1 << 22
-Group = tuple[int, str]  # (channel, dtype)
+Group = tuple[str, str, int, str]  # (data set, kind, channel, dtype)
 
 
 def is_narrow(dtype: str | np.dtype) -> bool:
@@ -60,8 +61,24 @@ def intensity_ranges(
     percentiles equal: minimum and maximum.
     """
     ranges = {}
-    for (c, dtype), (lo, hi) in sorted(limits.items()):
-        first, step = (np.iinfo(dtype).min, 1.0) if is_narrow(dtype) else (lo, (hi - lo) / HISTOGRAM_BINS)
-        low, high = (min(max(percentile_of_counts(counts[c, dtype], first, step, q), lo), hi) for q in percentiles)
-        ranges[c, dtype] = (low, high) if low < high else (lo, hi)
+    for group, (lo, hi) in sorted(limits.items()):
+        first, step = scale_of_counts(group, limits)
+        low, high = (min(max(percentile_of_counts(counts[group], first, step, q), lo), hi) for q in percentiles)
+        ranges[group] = (low, high) if low < high else (lo, hi)
     return ranges
+
+
+def scale_of_counts(group: Group, limits: dict[Group, tuple[float, float]]) -> tuple[float, float]:
+    """Intensity that the first count of a group stands for, and from one to the next."""
+    (*_, dtype), (lo, hi) = group, limits[group]
+    return (float(np.iinfo(dtype).min), 1.0) if is_narrow(dtype) else (lo, (hi - lo) / HISTOGRAM_BINS)
+
+
+def background_levels(counts: dict[Group, np.ndarray], limits: dict[Group, tuple[float, float]]) -> dict[Group, float]:
+    """Otsu's threshold between background and content of each group, in source units (Otsu 1979)."""
+    levels = {}
+    for group in limits:
+        first, step = scale_of_counts(group, limits)
+        held = np.flatnonzero(counts[group])
+        levels[group] = float(threshold_otsu(hist=(counts[group][held], first + step * held)))
+    return levels

@@ -5,9 +5,9 @@
 <store>/<split>/shard-00000.npy        (rows, variants, columns, C, H, W) fp16
 <store>/<split>/tiles.arrow            which tile each row is (data/tile_table.py)
 
-A column is `latent`, `hint.<name>` or, where a hint comes from a partner on disk, `simulated.<name>` as well. What one
-sample needs, a tile and its hints in one augmentation variant, lies together: one read on a disk, one request of
-object storage, of these bytes alone.
+A column is `latent`, `std` (of an AutoencoderKL's posterior, where asked for), `hint.<name>` or, where a hint comes
+from a partner on disk, `simulated.<name>` as well. What one sample needs, a tile and its hints in one augmentation
+variant, lies together: one read on a disk, one request of object storage, of these bytes alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from ray_pipeline.data.shards import REMEDY, Shard, shard_is_whole
 from ray_pipeline.errors import UserError
 from ray_pipeline.storage import Folder
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _OPEN_SHARDS = 256
 _REQUESTS = 32  # to object storage at once
 _HASHERS = 4  # shards that are verified at once
-_INDEX_KEYS = ("version", "fingerprint", "shape", "hints", "simulated", "variants", "datasets", "shards")
+_INDEX_KEYS = (
+    "version", "fingerprint", "shape", "posterior", "hints", "simulated", "variants", "rejected", "datasets", "shards",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class LatentStore:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the latents stored for every row and variant, in their order."""
-        return column_names(self.index["hints"], self.index["simulated"])
+        return column_names(self.index["hints"], self.index["simulated"], self.index["posterior"])
 
     @property
     def variants(self) -> int:
@@ -154,7 +156,7 @@ class LatentStore:
         hints: Sequence[str] | None = None,
         simulated: Sequence[bool] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Rows `ids` -> {"latent": (B, C, H, W) fp16, "hint.<name>": same}.
+        """Rows `ids` -> {"latent": (B, C, H, W) fp16, "hint.<name>": same}, and "std" where it is stored.
 
         variants: (B,), variant 0 unless given. hints: which to read (default: all that are stored). simulated: (B,),
         True takes hints made from the tile even where it has a degraded partner. Raises IndexError for an id or
@@ -167,7 +169,8 @@ class LatentStore:
         _check_range("variants", picked, self.variants)
         names = self.hint_names if hints is None else tuple(hints)
         sources = [self._sources(names, flag) for flag in (False, True)]
-        out = [np.empty((len(ids), *self.shape), np.float16) for _ in range(1 + len(names))]
+        keys = (*column_names((), (), self.index["posterior"]), *(f"hint.{name}" for name in names))
+        out = [np.empty((len(ids), *self.shape), np.float16) for _ in keys]
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
         rows = (ids - self._starts[numbers]).tolist()
 
@@ -186,7 +189,19 @@ class LatentStore:
             for place, record in enumerate(records):
                 for values, column in zip(out, places[place][3], strict=True):
                     values[place] = record[column]
-        return dict(zip(("latent", *(f"hint.{name}" for name in names)), out, strict=True))
+        return dict(zip(keys, out, strict=True))
+
+    def records(self, ids: Sequence[int]) -> np.ndarray:
+        """All that is stored of rows `ids`: (B, variants, columns, C, H, W) fp16."""
+        ids = np.asarray(ids, dtype=np.int64)
+        _check_range("ids", ids, len(self))
+        numbers = np.searchsorted(self._starts, ids, side="right") - 1
+        shards = self._shards(set(numbers.tolist()), map)
+        count = len(self.columns)
+        return np.array([
+            [shards[number].record(int(row - self._starts[number]), variant, count) for variant in range(self.variants)]
+            for number, row in zip(numbers.tolist(), ids, strict=True)
+        ])  # fmt: skip
 
     def _sources(self, hints: Sequence[str], simulated: bool) -> list[int]:
         """Numbers of the columns that give the latent and these hints."""
@@ -194,7 +209,7 @@ class LatentStore:
         if unknown:
             held = ", ".join(self.hint_names) or "none"
             raise UserError(f"{self.folder} holds no hint {min(unknown)!r}, its hints are {held}; {REMEDY}")
-        names = ["latent"]
+        names = list(column_names((), (), self.index["posterior"]))
         for hint in hints:
             made = f"simulated.{hint}"
             names.append(made if simulated and made in self.columns else f"hint.{hint}")
@@ -230,9 +245,10 @@ class LatentStore:
         return Shard(self.folder, entry, shape)
 
 
-def column_names(hints: Sequence[str], simulated: Sequence[str]) -> tuple[str, ...]:
-    """Columns of a store with these hints and these hints made from the tile besides."""
-    return ("latent", *(f"hint.{name}" for name in hints), *(f"simulated.{name}" for name in simulated))
+def column_names(hints: Sequence[str], simulated: Sequence[str], posterior: str = "mode") -> tuple[str, ...]:
+    """Columns of a store with these hints and these hints made from the tile besides; `sample` stores a std."""
+    tile = ("latent", "std") if posterior == "sample" else ("latent",)
+    return (*tile, *(f"hint.{name}" for name in hints), *(f"simulated.{name}" for name in simulated))
 
 
 def _check_range(name: str, values: np.ndarray, count: int) -> None:

@@ -5,26 +5,33 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pandas as pd
 
 from ray_pipeline.data.encode_job import EncodeJob
 from ray_pipeline.data.latents import DataSet
-from ray_pipeline.data.manifest import SPLITS, check_tiles, dataset_folders, load_manifest, load_pairs
+from ray_pipeline.data.manifest import SPLITS, bad_tiles, dataset_folders, file_size, load_manifest, load_pairs
+from ray_pipeline.data.optics import FWHM_FACTORS, fwhm_um, modality_key
+from ray_pipeline.data.rejected import Rejected, in_words
 from ray_pipeline.data.tile_table import TileRow
 from ray_pipeline.errors import UserError
-from ray_pipeline.sections import PAIRED_TYPES
+from ray_pipeline.sections import PARTNER_TYPES
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Tiles of every split in the order of their rows, the data sets' ranges, and a hash of all of it."""
+    """Tiles of every split in the order of their rows, the data sets' ranges, a hash of all of it, and the tiles that
+    are known to be bad before they are opened."""
 
     rows: dict[str, list[TileRow]]
     datasets: dict[str, list[DataSet]]
     fingerprint: str
+    rejected: tuple[Rejected, ...] = ()
 
     def thinned(self, limit: int) -> Listing:
         """At most `limit` tiles of each data set and split, evenly spaced."""
@@ -34,7 +41,19 @@ class Listing:
             for entry in entries:
                 chosen = entry.start + spread(np.arange(entry.count), limit)
                 datasets[split].append(_dataset(entry.name, rows[split], [self.rows[split][row] for row in chosen]))
-        return Listing(rows=rows, datasets=datasets, fingerprint=self.fingerprint)
+        return replace(self, rows=rows, datasets=datasets)
+
+    def without(self, bad: Mapping[str, Collection[str]]) -> Listing:
+        """The same without the tiles of these ids in each split."""
+        rows: dict[str, list[TileRow]] = {split: [] for split in SPLITS}
+        datasets: dict[str, list[DataSet]] = {split: [] for split in SPLITS}
+        for split, entries in self.datasets.items():
+            gone = set(bad.get(split, ()))
+            for entry in entries:
+                listed = self.rows[split][entry.start : entry.start + entry.count]
+                kept = [row for row in listed if row.id not in gone]
+                datasets[split].append(_dataset(entry.name, rows[split], kept))
+        return replace(self, rows=rows, datasets=datasets)
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:
@@ -46,14 +65,15 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
 
 def _dataset(name: str, before: list[TileRow], rows: list[TileRow]) -> DataSet:
     """Append a data set's rows to those before, and tell where they are."""
-    partners = {hint: sum(hint in row.partners for row in rows) for hint in PAIRED_TYPES}
+    partners = {hint: sum(hint in row.partners for row in rows) for hint in PARTNER_TYPES}
     entry = DataSet(name=name, start=len(before), count=len(rows), partners=partners)
     before += rows
     return entry
 
 
 def list_tiles(job: EncodeJob) -> Listing:
-    """Every foundation data set under the root, by name; UserError for missing manifests, images or splits."""
+    """Every foundation data set under the root, by name; UserError for missing manifests or splits, and for more bad
+    tiles than job.max_rejected."""
     folders = dataset_folders(job.root)
     if not folders:
         raise UserError(
@@ -63,62 +83,110 @@ def list_tiles(job: EncodeJob) -> Listing:
     rows: dict[str, list[TileRow]] = {split: [] for split in SPLITS}
     ranges: dict[str, list[DataSet]] = {split: [] for split in SPLITS}
     digest = hashlib.sha256()
+    rejected: list[Rejected] = []
     for folder in folders:
         pairs = _partners(job, folder.name)
         for split in SPLITS:
-            listed = _split_rows(folder, split, job, pairs, digest)
+            listed = _split_rows(folder, split, job, pairs, digest, rejected)
             ranges[split].append(_dataset(folder.name, rows[split], listed))
+    if len(rejected) > job.max_rejected:
+        total = len(rejected) + sum(map(len, rows.values()))
+        raise UserError(
+            f"data.root={job.root}: {len(rejected)} of {total} tiles cannot be used, more than data.max_rejected "
+            f"{job.max_rejected} ({in_words(rejected)}); restore them, prepare the data again, or set "
+            f"data.max_rejected={len(rejected)}"
+        )
     for split in ("train", "val"):
         if not rows[split]:
             raise UserError(f"data.root={job.root} has no tile in split {split}; prepare the data with both splits")
-    return Listing(rows=rows, datasets=ranges, fingerprint=digest.hexdigest())
+    return Listing(rows=rows, datasets=ranges, fingerprint=digest.hexdigest(), rejected=tuple(rejected))
 
 
 @dataclass(frozen=True)
 class _Partner:
     path: str  # relative to the data root
     sha256: str  # of the manifest, empty where it has none
+    size: tuple[float, float]  # height and width as the manifest gives them, nan where it does not
 
 
-def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, _Partner]]:
-    """Foundation id -> {hint name: its degraded partner}; the first one, where the manifest lists several."""
+def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, list[_Partner]]]:
+    """Foundation id -> {hint name: its partners, in the order of the manifest}."""
     table = load_pairs(job.root, dataset)
     if "task" not in table:
         csv = Path(job.root, "degraded", dataset, "manifests", "manifest.csv")
-        raise UserError(f"{csv} has no column task; add it with {' or '.join(PAIRED_TYPES)} in each row")
+        raise UserError(f"{csv} has no column task; add it with {' or '.join(PARTNER_TYPES)} in each row")
     hashes = table["sha256"] if "sha256" in table else [""] * len(table)
-    partners: dict[str, dict[str, _Partner]] = {}
-    for task, pair, image, sha256 in zip(table["task"], table["pair_id"], table["image"], hashes, strict=True):
-        if task in PAIRED_TYPES and task in job.hints:
-            partner = _Partner(_posix("degraded", dataset, image), sha256)
-            partners.setdefault(pair, {}).setdefault(task, partner)
+    heights, widths = (table[name] if name in table else [math.nan] * len(table) for name in ("height", "width"))
+    partners: dict[str, dict[str, list[_Partner]]] = {}
+    columns = (table["task"], table["pair_id"], table["image"], hashes, heights, widths)
+    for task, pair, image, sha256, height, width in zip(*columns, strict=True):
+        if task in PARTNER_TYPES and task in job.hints:
+            partner = _Partner(_posix("degraded", dataset, image), sha256, (height, width))
+            partners.setdefault(pair, {}).setdefault(task, []).append(partner)
     return partners
 
 
 def _split_rows(
-    folder: Path, split: str, job: EncodeJob, pairs: dict[str, dict[str, _Partner]], digest
+    folder: Path,
+    split: str,
+    job: EncodeJob,
+    pairs: dict[str, dict[str, list[_Partner]]],
+    digest,
+    rejected: list[Rejected],
 ) -> list[TileRow]:
+    """Good tiles of one manifest; the others are added to `rejected`."""
     csv = folder / "manifests" / f"{split}.csv"
     if _is_empty(csv) or (split == "test" and not csv.is_file()):
         return []
     manifest = load_manifest(csv)
-    check_tiles(manifest, job.tile_size)
+    bad = bad_tiles(manifest, job.tile_size)
+    widths = _psf_widths(manifest.table)
     digest.update(f"{folder.name}/{split}/{manifest.fingerprint()}".encode())
     rows = []
-    for identifier, image in zip(manifest.table["id"], manifest.table["image"], strict=True):
+    for number, (identifier, image) in enumerate(zip(manifest.table["id"], manifest.table["image"], strict=True)):
         partners = pairs.get(identifier, {})
-        missing = [partner.path for partner in partners.values() if not Path(job.root, partner.path).is_file()]
-        if missing:
-            raise UserError(
-                f"degraded partner {Path(job.root, missing[0])} of tile {identifier} is missing; restore it or drop "
-                "its row"
-            )
-        named = sorted((hint, Path(partner.path).name, partner.sha256) for hint, partner in partners.items())
+        tile, path = f"{folder.name}/{identifier}", _posix("foundation", folder.name, image)
+        wrong = (path, bad[number]) if number in bad else _bad_partner(job, partners)
+        if wrong is not None:
+            rejected.append(Rejected(tile, *wrong))
+            digest.update(f"without {identifier}".encode())
+            continue
+        named = sorted((hint, Path(p.path).name, p.sha256) for hint, some in partners.items() for p in some)
         digest.update(json.dumps(named).encode())
-        files = {hint: partner.path for hint, partner in partners.items()}
-        path = _posix("foundation", folder.name, image)
-        rows.append(TileRow(id=f"{folder.name}/{identifier}", path=path, partners=files))
+        files = {hint: tuple(sorted(partner.path for partner in some)) for hint, some in partners.items()}
+        rows.append(TileRow(tile, path, files, widths[number]))
     return rows
+
+
+def _bad_partner(job: EncodeJob, partners: dict[str, list[_Partner]]) -> tuple[str, str] | None:
+    """Path and reason of the first partner that is known not to fit its tile, before it is opened."""
+    for hint, some in partners.items():
+        for partner in some:
+            size = file_size(Path(job.root, partner.path))
+            if size <= 0:
+                return partner.path, f"the {hint} partner is {'empty' if size == 0 else 'missing'}"
+            known = [side for side in partner.size if not math.isnan(side)]
+            fits = [
+                side == job.tile_size or (hint == "super_resolution" and job.tile_size % side == 0) for side in known
+            ]
+            if not all(fits) or len(set(known)) > 1:
+                size = "x".join(f"{side:g}" for side in partner.size)
+                return partner.path, f"the {hint} partner of {size} px does not fit a tile of {job.tile_size} px"
+    return None
+
+
+def _psf_widths(table: pd.DataFrame) -> list[float]:
+    """FWHM of each tile's PSF in pixels, 0 where modality, NA, lambda or um_pixel are not given or not known."""
+    needed = ("modality", "NA", "lambda", "um_pixel")
+    if not set(needed) <= set(table.columns):
+        return [0.0] * len(table)
+    known = {modality_key(name) for name in FWHM_FACTORS}
+    return [
+        fwhm_um(modality, NA, wavelength) / um_pixel
+        if modality_key(modality) in known and NA > 0 and wavelength > 0 and um_pixel > 0  # nan is not
+        else 0.0
+        for modality, NA, wavelength, um_pixel in zip(*(table[name] for name in needed), strict=True)
+    ]
 
 
 def _posix(*parts: str) -> str:

@@ -6,11 +6,14 @@ folder.
 
 import hashlib
 import os
+from csv import DictWriter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pandas as pd
 
+from ray_pipeline.data.rejected import Rejected, in_words
 from ray_pipeline.errors import UserError
 
 COLUMNS = (
@@ -68,26 +71,40 @@ def load_manifest(path_or_root: str | Path, split: str | None = None) -> Manifes
     return Manifest(folder, folder.name, csv.stem if csv.stem in SPLITS else None, table)
 
 
-def check_tiles(manifest: Manifest, tile_size: int | None = None) -> None:
-    """Looks (stat only) whether every tile's file is there and not empty; UserError names the first 5.
+def bad_tiles(manifest: Manifest, tile_size: int | None = None) -> dict[int, str]:
+    """Rows (from 0) whose tile is known to be bad without opening it -> the reason.
 
-    With `tile_size`, the manifest's `height` and `width`, where given, must equal it (pixels).
+    Their file is missing or empty or, with `tile_size` (pixels), the manifest gives them another height or width.
     """
-    lost = [str(p) for p in map(manifest.path, range(len(manifest))) if not _has_bytes(p)]
-    if lost:
-        raise UserError(
-            f"{manifest.folder}: {len(lost)} of {len(manifest)} tiles are missing or empty ({_first(lost)}); "
-            "copy them again or run `ray-pipeline prepare` again."
-        )
-    for column in ("height", "width"):
+    bad = {}
+    for column in ("width", "height"):
         if tile_size is not None and column in manifest.table:
             sizes = manifest.table[column]
-            wrong = manifest.table["id"][sizes.notna() & (sizes != tile_size)].tolist()
-            if wrong:
-                raise UserError(
-                    f"{manifest.folder}: {len(wrong)} of {len(manifest)} tiles have another {column} than "
-                    f"{tile_size} pixels ({_first(wrong)}); prepare them again with --tile-size {tile_size}."
-                )
+            for row in np.flatnonzero(sizes.notna() & (sizes != tile_size)).tolist():
+                bad[row] = f"its {column} is {sizes.iat[row]:g} pixels, expected {tile_size}"
+    for row in range(len(manifest)):
+        size = file_size(manifest.path(row))
+        if size <= 0:
+            bad[row] = "the file is empty" if size == 0 else "no such file"
+    return bad
+
+
+def check_tiles(manifest: Manifest, tile_size: int | None = None) -> None:
+    """UserError that names the first of `bad_tiles`, where there are any."""
+    bad = [Rejected("", str(manifest.path(row)), reason) for row, reason in bad_tiles(manifest, tile_size).items()]
+    if bad:
+        raise UserError(
+            f"{manifest.folder}: {len(bad)} of {len(manifest)} tiles cannot be used ({in_words(bad)}); copy them again "
+            "or run `ray-pipeline prepare` again."
+        )
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file, -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def dataset_folders(root: str | Path, kind: str = "foundation") -> list[Path]:
@@ -122,18 +139,51 @@ def write_manifests(folder: str | Path, rows: list[dict], split_of: dict[str, st
     _write_csv(manifests / "manifest.csv", table)
 
 
+class ManifestWriter:
+    """Writes <folder>/manifests/{train,val,test,manifest}.csv row by row, so that memory does not grow with them.
+
+    For a folder that is put in its place when all of it is written: a kill leaves the files cut off.
+    """
+
+    def __init__(self, folder: Path):
+        self.columns = (*COLUMNS, "saturated")
+        manifests = folder / "manifests"
+        manifests.mkdir(parents=True)
+        names = (*SPLITS, "manifest")
+        self._files = {name: (manifests / f"{name}.csv").open("w", encoding="utf-8", newline="") for name in names}
+        self._writers = {
+            name: DictWriter(file, self.columns, lineterminator="\n") for name, file in self._files.items()
+        }
+        for writer in self._writers.values():
+            writer.writeheader()
+
+    def write(self, row: dict, split: str) -> None:
+        """Add a row to its split and to the whole; missing columns stay empty. ValueError: unknown columns."""
+        for name in (split, "manifest"):
+            self._writers[name].writerow(row)
+
+    def close(self) -> None:
+        """Write what is left, to the disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+
 def load_pairs(root: str | Path, dataset: str) -> pd.DataFrame:
     """Rows of <root>/degraded/<dataset>/manifests/manifest.csv, an empty frame when the file is absent.
 
-    `pair_id` names the foundation tile; `image` is relative to <root>/degraded/<dataset>. UserError: as
-    load_manifest, or a row without `pair_id`.
+    `pair_id` names the foundation tile, and is the row's own id in manifests without that column; `image` is
+    relative to <root>/degraded/<dataset>. UserError: as load_manifest, or rows of which some have no `pair_id`.
     """
     folder = Path(root, "degraded", dataset)
     csv = folder / "manifests" / "manifest.csv"
     if not csv.is_file():
         return pd.DataFrame(columns=list(COLUMNS))
     table = _read_table(csv)
-    if "pair_id" not in table or (table["pair_id"] == "").any():
+    if "pair_id" not in table:
+        table["pair_id"] = table["id"]
+    if (table["pair_id"] == "").any():
         raise UserError(
             f"{csv}: found rows without pair_id, expected the id of the foundation tile in each; prepare the "
             "pairs again."
@@ -221,13 +271,6 @@ def _check_paths(csv: Path, folder: Path, table: pd.DataFrame) -> None:
                     f"{csv}: found {suspect}, a link to {suspect.resolve()} outside {folder}, expected tiles "
                     "inside the dataset folder; copy them there."
                 )
-
-
-def _has_bytes(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except OSError:
-        return False
 
 
 def _first(names: list[str], count: int = 5) -> str:

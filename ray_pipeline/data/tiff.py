@@ -7,33 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
 
+from ray_pipeline.data.axes import plausible, um_per
 from ray_pipeline.errors import UserError
 
-# Print resolutions (72 to 1200 dpi, 353 to 21 um) fill the same TIFF tag as a microscope's pixel size.
-LARGEST_PLAUSIBLE_UM_PIXEL = 20.0
-# An axis that the file does not name is taken for channels when it is this short.
-MOST_UNNAMED_CHANNELS = 4
-UM_PER_UNIT = {
-    "nm": 1e-3, "nanometer": 1e-3, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0,
-    "mm": 1e3, "millimeter": 1e3, "cm": 1e4, "centimeter": 1e4, "inch": 25400.0, "in": 25400.0,
-}  # fmt: skip
 TIFFFILE_LOG = logging.getLogger("tifffile")
 # Records of the file that is being read; by context, since files are read in several threads.
 _WITHHELD: ContextVar[list[logging.LogRecord] | None] = ContextVar("withheld", default=None)
 
 
-def read_tiff(path: Path) -> tuple[np.ndarray, float | None]:
-    """A TIFF, ImageJ or OME TIFF file of one image -> pixels (C, H, W) as stored, micrometres a pixel or None.
+def read_tiff(path: Path) -> tuple[np.ndarray, list[str], float | None, list[str]]:
+    """A TIFF, ImageJ or OME TIFF file of one image -> pixels as stored, axes, micrometres a pixel, channel names.
 
-    Axes and the meaning of channels as in `images.read_image`. UserError: unreadable or truncated file, Z or T
-    axes, several images. OSError: a file that cannot be opened.
+    axes: one letter a dimension as tifffile has them, '' where the file does not name it. UserError: unreadable or
+    truncated file, several images, an image in several files. OSError: a file that cannot be opened.
     """
     try:
         with _log_of_good_files_only(), tifffile.TiffFile(path) as tiff:
+            ome = ElementTree.fromstring(tiff.ome_metadata) if tiff.is_ome and tiff.ome_metadata else None
+            if ome is not None:
+                _check_ome_is_one_file(path, ome)
             if len(tiff.series) != 1 or tiff.series[0].is_multifile:
                 raise UserError(
                     f"{path}: expected one image, found {len(tiff.series)} image series or parts in other "
@@ -41,10 +38,17 @@ def read_tiff(path: Path) -> tuple[np.ndarray, float | None]:
                 )
             series = tiff.series[0]
             _check_tiff_is_whole(path, tiff)
-            pixels = _channels_first(path, series.asarray(), series.axes)
-            if tiff.pages[0].photometric == tifffile.PHOTOMETRIC.RGB and series.axes.endswith("S"):
-                pixels = pixels[: pixels.shape[0] - len(_alpha_samples(tiff.pages[0]))]
-            return pixels, _um_pixel(tiff)
+            if ome is not None:
+                _check_ome_planes(path, series)
+            axes = series.get_axes(False)
+            pixels = series.asarray().reshape(series.get_shape(False))
+            if tiff.pages[0].photometric == tifffile.PHOTOMETRIC.RGB and "S" in axes:
+                colours = pixels.shape[axes.index("S")] - len(_alpha_samples(tiff.pages[0]))
+                pixels = pixels.take(range(colours), axes.index("S"))
+            if "S" in axes and pixels.shape[axes.index("S")] == 1:  # tifffile adds it to every OME and ImageJ file
+                pixels, axes = pixels.squeeze(axes.index("S")), axes.replace("S", "")
+            channel_names = _imagej_channel_names(tiff) if ome is None else _ome_channel_names(ome)
+            return pixels, _names(series, axes), _um_pixel(tiff, ome), channel_names
     except (UserError, OSError):
         raise
     except Exception as error:
@@ -93,20 +97,36 @@ def _check_tiff_is_whole(path: Path, tiff: tifffile.TiffFile) -> None:
         raise UserError(f"{path}: found a truncated TIFF ({size} bytes, {max(ends)} expected); copy or save it again.")
 
 
-def _channels_first(path: Path, pixels: np.ndarray, axes: str) -> np.ndarray:
-    kept = [(axis, size) for axis, size in zip(axes, pixels.shape, strict=True) if axis in "YX" or size > 1]
-    names, shape = "".join(axis for axis, _ in kept), [size for _, size in kept]
-    if sorted(names) == ["X", "Y"]:
-        return pixels.reshape(1, *shape)
-    channel = next((i for i, name in enumerate(names) if name in "CS"), None)
-    if channel is None and not set(names) & set("ZT") and min(shape) <= MOST_UNNAMED_CHANNELS:
-        channel = int(np.argmin(shape))
-    if channel is None or len(names) != 3:
-        found = ", ".join(f"{axis}={size}" for axis, size in kept)
+def _check_ome_is_one_file(path: Path, ome: ElementTree.Element) -> None:
+    # tifffile puts zeros where another file is missing. A renamed file is known by its UUID, without one by its name.
+    own, others = ome.get("UUID"), set()
+    for uuid in ome.findall(".//{*}TiffData/{*}UUID"):
+        name = uuid.get("FileName", "another file")
+        is_own = uuid.text == own if own else name.lower() == path.name.lower()
+        others |= set() if is_own else {name}
+    others |= {part.get("MetadataFile", "another file") for part in ome.findall("{*}BinaryOnly")}
+    if others:
         raise UserError(
-            f"{path}: found axes {found}, expected Y, X and at most one channel axis; split the stack into 2-D files."
+            f"{path}: expected one image in one file, found OME metadata that refers to other files "
+            f"({', '.join(sorted(others)[:3])}); save the whole image as one OME-TIFF."
         )
-    return np.moveaxis(pixels.reshape(shape), channel, 0)
+
+
+def _check_ome_planes(path: Path, series: tifffile.TiffPageSeries) -> None:
+    # An acquisition that was stopped declares more planes than it wrote; tifffile puts zeros in their place.
+    lacking = sum(page is None for page in series.pages)
+    if lacking:
+        raise UserError(
+            f"{path}: found {len(series.pages) - lacking} of the {len(series.pages)} planes that its OME metadata "
+            "declares; save the planes that exist as a new image."
+        )
+
+
+def _names(series: tifffile.TiffPageSeries, axes: str) -> list[str]:
+    # tifffile's I and Q are its own words for an axis without a name; a shape that tifffile itself stored without
+    # axes says nothing of Y and X either.
+    unnamed = series.kind.lower() == "shaped" and "Q" in axes
+    return ["" if unnamed or axis in "IQ" else axis for axis in axes]
 
 
 def _alpha_samples(page: tifffile.TiffPage) -> list:
@@ -114,28 +134,36 @@ def _alpha_samples(page: tifffile.TiffPage) -> list:
     return [sample for sample in page.extrasamples if sample in alpha]
 
 
-def _um_pixel(tiff: tifffile.TiffFile) -> float | None:
-    if tiff.is_ome:
-        pixels = tifffile.xml2dict(tiff.ome_metadata or "<OME/>").get("OME", {}).get("Image", {})
-        pixels = (pixels[0] if isinstance(pixels, list) else pixels).get("Pixels", {})
-        size, unit = pixels.get("PhysicalSizeX"), pixels.get("PhysicalSizeXUnit", "um")
-        return _plausible(float(size) * _um_per(unit)) if size else None
+def _ome_channel_names(ome: ElementTree.Element) -> list[str]:
+    names = []
+    for channel in ome.findall("{*}Image/{*}Pixels/{*}Channel"):
+        samples = int(channel.get("SamplesPerPixel", 1))
+        names += [channel.get("Name", "")] if samples == 1 else [""] * samples
+    return names
+
+
+def _imagej_channel_names(tiff: tifffile.TiffFile) -> list[str]:
+    # ImageJ labels planes: a label is the channel's only where all planes of the channel bear it and no others do.
+    metadata = tiff.imagej_metadata or {} if tiff.is_imagej else {}
+    channels, labels = int(metadata.get("channels", 1)), metadata.get("Labels", [])
+    if not isinstance(labels, list) or not labels or len(labels) % channels:
+        return []
+    by_channel = [set(labels[c::channels]) for c in range(channels)]
+    alike = all(len(found) == 1 for found in by_channel) and len(set().union(*by_channel)) == channels
+    return [found.pop().strip() for found in by_channel] if alike else []
+
+
+def _um_pixel(tiff: tifffile.TiffFile, ome: ElementTree.Element | None) -> float | None:
+    if ome is not None:
+        pixels = ome.find("{*}Image/{*}Pixels")
+        size = None if pixels is None else pixels.get("PhysicalSizeX")
+        return plausible(float(size) * um_per(pixels.get("PhysicalSizeXUnit", "um"))) if size else None
     tags = tiff.pages[0].tags
     resolution = tags["XResolution"].value if "XResolution" in tags else (0, 1)
     if not all(resolution):
         return None
     units_per_pixel = resolution[1] / resolution[0]
     if tiff.is_imagej:
-        return _plausible(units_per_pixel * _um_per((tiff.imagej_metadata or {}).get("unit", "")))
+        return plausible(units_per_pixel * um_per((tiff.imagej_metadata or {}).get("unit", "")))
     unit = tags["ResolutionUnit"].value if "ResolutionUnit" in tags else 1
-    return _plausible(units_per_pixel * {2: 25400.0, 3: 1e4}.get(int(unit), 0.0))
-
-
-def _um_per(unit: str) -> float:
-    # ImageJ writes the micro sign escaped; both Unicode micro signs are in use.
-    plain = unit.replace("\\u00B5", "u").replace("\u00b5", "u").replace("\u03bc", "u").strip().lower()
-    return UM_PER_UNIT.get(plain, 0.0)
-
-
-def _plausible(um_pixel: float) -> float | None:
-    return um_pixel if 0.0 < um_pixel < LARGEST_PLAUSIBLE_UM_PIXEL else None
+    return plausible(units_per_pixel * {2: 25400.0, 3: 1e4}.get(int(unit), 0.0))

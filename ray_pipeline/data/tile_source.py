@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ray_pipeline.data.encode_job import EncodeJob
+from ray_pipeline.data.latents import column_names
+from ray_pipeline.data.rejected import in_words
 from ray_pipeline.data.tile_table import TileTable
+from ray_pipeline.errors import UserError
 
 
 class TileSource:
@@ -44,17 +47,24 @@ class TileSource:
         # torch and the autoencoder take seconds to import, which actors that only gather stored rows can spare
         import torch
 
-        from ray_pipeline.data.tile_encoder import Request, TileEncoder
+        from ray_pipeline.data.tile_encoder import TileEncoder
+        from ray_pipeline.data.tile_reader import Request
 
         if self._encoder is None:
             torch.set_num_threads(1)
             self._encoder = TileEncoder(self.job, self.use_gpu)
+        tile = column_names((), (), self.job.posterior)
         requests = [
-            Request(row, (int(variant),), ["latent", *(self._column(hint, made) for hint in hints)])
+            Request(row, (int(variant),), [*tile, *(self._column(hint, made) for hint in hints)])
             for row, variant, made in zip(self.table.rows(ids), variants, simulated, strict=True)
         ]
-        values = self._encoder.encode(requests)
-        names = ("latent", *(f"hint.{hint}" for hint in hints))
+        values, bad = self._encoder.encode(requests)
+        if bad:
+            raise UserError(
+                f"{len(bad)} of {len(requests)} tiles of a batch cannot be used ({in_words([*bad.values()])}); repair "
+                "them, or use data.mode=latents, which leaves out as many as data.max_rejected before training"
+            )
+        names = (*tile, *(f"hint.{hint}" for hint in hints))
         return {name: np.ascontiguousarray(values[:, 0, column]) for column, name in enumerate(names)}
 
     def _column(self, hint: str, simulated: bool) -> str:

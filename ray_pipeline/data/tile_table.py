@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ray_pipeline.data.latents import DataSet
 from ray_pipeline.errors import UserError
-from ray_pipeline.sections import PAIRED_TYPES
+from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder
 
 _DATASETS = b"datasets"
@@ -19,11 +19,15 @@ _DATASETS = b"datasets"
 
 @dataclass(frozen=True)
 class TileRow:
-    """One tile: its id, file, and the files of its degraded partners by hint name; paths relative to the data root."""
+    """One tile: its id, file, and the files of its partners by hint name; paths relative to the data root.
+
+    psf_fwhm_px: how wide its microscope sees a point, 0 where the manifest does not tell.
+    """
 
     id: str
     path: str
-    partners: dict[str, str]
+    partners: dict[str, tuple[str, ...]]
+    psf_fwhm_px: float = 0.0
 
 
 class TileTable:
@@ -52,7 +56,7 @@ class TileTable:
         """Tiles of these rows."""
         taken = self.table.take(pa.array(np.asarray(ids, dtype=np.int64)))
         return [
-            TileRow(id=row["id"], path=row["path"], partners={h: row[h] for h in PAIRED_TYPES if row[h] is not None})
+            TileRow(row["id"], row["path"], {h: tuple(row[h]) for h in PARTNER_TYPES if row[h]}, row["psf_fwhm_px"])
             for row in taken.to_pylist()
         ]
 
@@ -60,9 +64,11 @@ class TileTable:
 def write_tile_table(folder: Folder, name: str, rows: Sequence[TileRow], datasets: Sequence[DataSet]) -> None:
     """Write the rows of one split, whole or not at all."""
     columns = {"id": [row.id for row in rows], "path": [row.path for row in rows]}
-    columns |= {hint: [row.partners.get(hint) for row in rows] for hint in PAIRED_TYPES}
+    columns |= {hint: [row.partners.get(hint, ()) for row in rows] for hint in PARTNER_TYPES}
+    columns["psf_fwhm_px"] = [row.psf_fwhm_px for row in rows]
+    kinds = [pa.string(), pa.string(), *[pa.list_(pa.string())] * len(PARTNER_TYPES), pa.float64()]
     schema = pa.schema(
-        [(column, pa.string()) for column in columns],
+        list(zip(columns, kinds, strict=True)),
         metadata={_DATASETS: json.dumps([asdict(entry) for entry in datasets])},
     )
     sink = pa.BufferOutputStream()

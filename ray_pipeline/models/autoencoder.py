@@ -23,9 +23,9 @@ class Autoencoder:
     Latents are the network's own, unscaled; whoever trains on them normalises by their measured mean and std.
     """
 
-    def __init__(self, network: torch.nn.Module, name: str):
+    def __init__(self, network: torch.nn.Module, name: str, posterior: str = "mode"):
         self.network = network.eval().requires_grad_(False)
-        self.name = name
+        self.name, self.samples = name, posterior == "sample"
 
     @property
     def latent_channels(self) -> int:
@@ -34,13 +34,21 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, tiles: Tensor) -> Tensor:
         """tiles (B, H, W) in [-1, 1] -> latents (B, C, H/8, W/8), float32. KL autoencoders give their mode."""
+        return self.posterior(tiles)[0]
+
+    @torch.no_grad()
+    def posterior(self, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
+        """tiles (B, H, W) in [-1, 1] -> mean and std of the latents (B, C, H/8, W/8), float32; the std is None unless
+        it was loaded for sampling. Kingma and Welling 2014."""
         reference = next(self.network.parameters())
         images = (
             tiles[:, None].to(reference.device, reference.dtype).expand(-1, self.network.config.in_channels, -1, -1)
         )
         encoded = self.network.encode(images.contiguous(memory_format=torch.channels_last))
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return latents.float().contiguous()
+        if hasattr(encoded, "latents"):
+            return encoded.latents.float().contiguous(), None
+        std = encoded.latent_dist.std.float().contiguous() if self.samples else None
+        return encoded.latent_dist.mode().float().contiguous(), std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -61,9 +69,14 @@ class Autoencoder:
 
 
 def load_autoencoder(
-    pretrained: str, *, device: torch.device | str = "cpu", precision: str = "fp32", latent_channels: int | None = None
+    pretrained: str,
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    latent_channels: int | None = None,
+    posterior: str = "mode",
 ) -> Autoencoder:
-    """Load `embedded`, a folder in diffusers format, or a hub id.
+    """Load `embedded`, a folder in diffusers format, or a hub id; posterior: mode or sample.
 
     Raises UserError when the folder is not one, its weights are missing or do not fit its config, or its latents
     have another size than 1/8 of the tile or another channel count than `latent_channels`.
@@ -81,8 +94,13 @@ def load_autoencoder(
             f"model.latent_channels is {latent_channels}; set model.latent_channels={network.config.latent_channels} "
             "or choose another autoencoder"
         )
+    if posterior == "sample" and type(network).__name__ != "AutoencoderKL":
+        raise UserError(
+            f"vae.posterior=sample, but vae.pretrained={pretrained} is an {type(network).__name__}, whose latents have "
+            "no spread to sample from; use vae.posterior=mode or an AutoencoderKL"
+        )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return Autoencoder(network.to(device=device, dtype=dtype, memory_format=torch.channels_last), pretrained)
+    return Autoencoder(network.to(device=device, dtype=dtype, memory_format=torch.channels_last), pretrained, posterior)
 
 
 def embedded_folder() -> Path:

@@ -17,8 +17,8 @@ from diffusers import AutoencoderTiny
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 
-from ray_pipeline.data.images import read_tile
 from ray_pipeline.data.manifest import Manifest, check_tiles, load_manifest
+from ray_pipeline.data.tiles import read_tile
 from ray_pipeline.diffusion.noise import sample_generator, stream_key
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import Autoencoder

@@ -1,15 +1,11 @@
-"""Start Ray and run one phase as a TorchTrainer; what the workers say arrives as a progress line or a clear error."""
+"""Run one phase as a TorchTrainer; what the workers say arrives as a progress line or a clear error."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
-import os
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -32,67 +28,6 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**26),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-
-
-@contextmanager
-def ray_session(config: Config, *, verbose: bool = False) -> Iterator[None]:
-    """Ray for the length of the block: the one that runs already, a cluster, or a local one that ends with it."""
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
-    if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    settings = config.ray
-    address = settings.address
-    if address == "auto":
-        address = "auto" if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID") else "local"
-    options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
-    try:
-        with nullcontext() if verbose else _silent_stderr():
-            _start_ray(config, address, options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"ray.address={settings.address}: Ray does not start or answer ({' '.join(str(error).split())[:300]}); "
-            "check the address, or use ray.address=local"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _start_ray(config: Config, address: str, options: dict) -> None:
-    settings = config.ray
-    if address != "local":
-        ray.init(address=address, **options)
-        return
-    # more logical CPUs than cores: workers that fill the machine would leave none for the data stream
-    workers = math.ceil(settings.num_workers * settings.cpus_per_worker)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, workers) + math.ceil(stream_cpus(config)),
-        include_dashboard=settings.dashboard,
-        dashboard_host="127.0.0.1",
-        **options,
-    )
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Nothing reaches file descriptor 2 within: Ray's core announces there that it was told to be quiet."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def uses_gpu(config: Config) -> bool:

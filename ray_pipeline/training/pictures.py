@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,35 +13,14 @@ from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.diffusion.samplers import sample_euler
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.monitoring.events import EventLog, SampleEvent, read_events
-from ray_pipeline.monitoring.plots import plot_progress, sample_grid
-from ray_pipeline.sections import PAIRED_TYPES
+from ray_pipeline.monitoring.plots import plot_progress
+from ray_pipeline.monitoring.tile_grid import Window, sample_grid
 from ray_pipeline.storage import replace_file
 from ray_pipeline.training.setup import PhaseRun, run_folder
 from ray_pipeline.training.step import stack_hints
 
 _DECODE_BATCH = 4
 _PAIR_ROWS = 6  # a grid with hints, sample and target side by side shows this many tiles at most
-
-
-@dataclass(frozen=True)
-class Window:
-    """Intensities shown as black and white; one for a whole picture, and the same at every epoch."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, tiles: np.ndarray) -> Window:
-        """From the darkest to nearly the brightest of the target tiles, as a microscope's viewer opens a file."""
-        low, high = np.percentile(tiles, (0.1, 99.8))
-        return cls(float(low), float(max(high, low + 1e-3)))
-
-    def shown(self, tiles: np.ndarray) -> np.ndarray:
-        return 2 * (tiles - self.low) / (self.high - self.low) - 1
-
-    def of_hint(self, name: str, tiles: np.ndarray) -> np.ndarray:
-        """Degraded images in this window; computed ones (edges, depth) in their own full range."""
-        return self.shown(tiles) if name in PAIRED_TYPES else tiles
 
 
 def draw_samples(run: PhaseRun, records: EventLog, epoch: int) -> Path:

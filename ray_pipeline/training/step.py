@@ -132,8 +132,12 @@ def _micro_batch(data: PhaseData, values: dict[str, np.ndarray]) -> MicroBatch:
     if data.hints:
         hints = stack_hints(values, data.hints, stats, sigma_data)
         mask = torch.from_numpy(kept_hints(draws, data.phase.condition_dropout))
+    latent = values["latent"]
+    if "std" in values:  # the posterior is sampled from a stream of its own, so that the noise stays what it is
+        posterior = draw(data.plan.seed, f"{data.plan.phase}/posterior", values["index"], data.train_store.shape)
+        latent = latent.astype(np.float32) + values["std"] * posterior.noise
     return MicroBatch(
-        x0=torch.from_numpy(stats.normalise(values["latent"], sigma_data)),
+        x0=torch.from_numpy(stats.normalise(latent, sigma_data)),
         noise=torch.from_numpy(draws.noise),
         z=torch.from_numpy(draws.z),
         hints=hints,

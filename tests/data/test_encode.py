@@ -15,11 +15,11 @@ from ray_pipeline.config import parse_config
 from ray_pipeline.data.encode import ShardEncoder, check_store, encode, fingerprint, stored_tiles, verify
 from ray_pipeline.data.encode_job import SAMPLE_ROWS, EncodeJob, HintSettings, encode_job
 from ray_pipeline.data.hints import HINTS, dihedral, make_hint
-from ray_pipeline.data.images import read_tile, write_tile
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import Listing, list_tiles
 from ray_pipeline.data.manifest import SPLITS, load_manifest, load_pairs, write_manifests
 from ray_pipeline.data.tile_table import TileTable, write_tile_table
+from ray_pipeline.data.tiles import read_tile, write_tile
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.sections import PAIRED_TYPES

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ray_pipeline.data.images import write_tile
 from ray_pipeline.data.manifest import (
     COLUMNS,
     check_tiles,
@@ -15,6 +14,7 @@ from ray_pipeline.data.manifest import (
     load_pairs,
     write_manifests,
 )
+from ray_pipeline.data.tiles import write_tile
 from ray_pipeline.errors import UserError
 
 

@@ -13,10 +13,10 @@ from diffusers import AutoencoderTiny
 from ray_pipeline.config import parse_config
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
 from ray_pipeline.data.hints import HINTS, make_hint
-from ray_pipeline.data.images import read_tile, write_tile
 from ray_pipeline.data.listing import list_tiles
 from ray_pipeline.data.tile_encoder import Request, TileEncoder
 from ray_pipeline.data.tile_table import TileRow
+from ray_pipeline.data.tiles import read_tile, write_tile
 from ray_pipeline.errors import UserError
 from ray_pipeline.sections import PAIRED_TYPES
 

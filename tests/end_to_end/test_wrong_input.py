@@ -123,7 +123,7 @@ def test_each_command_names_what_is_not_there(tmp_path, monkeypatch, capsys, wor
 
 
 def test_a_tile_of_another_size_than_the_config_is_named(ray_cluster, tiny_data, tiny_autoencoder, tmp_path, capfd):
-    from ray_pipeline.data.images import write_tile
+    from ray_pipeline.data.tiles import write_tile
 
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data, ignore=shutil.ignore_patterns("latents"))

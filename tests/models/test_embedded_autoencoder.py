@@ -7,8 +7,9 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
-from ray_pipeline.data.images import read_image, read_tile
+from ray_pipeline.data.images import open_image
 from ray_pipeline.data.sources.simulate import simulate
+from ray_pipeline.data.tiles import read_tile
 from ray_pipeline.models.autoencoder import embedded_folder, load_autoencoder
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -45,7 +46,7 @@ def real():
     so that a mean over a few of them says which were picked."""
     paths = sorted(W2S.glob("*.tif"))
     assert len(paths) == 20
-    pixels = np.stack([read_image(path).pixels[0] for path in paths])
+    pixels = np.stack([open_image(path).plane(0, 0, 0) for path in paths])
     assert pixels.dtype == np.uint8
     return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ray_pipeline.data.images import write_tile
 from ray_pipeline.data.manifest import load_manifest, write_manifests
+from ray_pipeline.data.tiles import write_tile
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.training import autoencoder as training

@@ -17,7 +17,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ray_pipeline.data.images import write_tile
 from ray_pipeline.data.manifest import write_manifests
 from ray_pipeline.data.sources.microscope import (
     CAMERA_OFFSET,
@@ -31,6 +30,7 @@ from ray_pipeline.data.sources.microscope import (
     low_resolution,
 )
 from ray_pipeline.data.sources.specimen import PAINTERS
+from ray_pipeline.data.tiles import write_tile
 from ray_pipeline.errors import UserError
 
 STAINS = tuple(PAINTERS)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from ray_pipeline.data.images import from_unit, read_image, read_tile
+from ray_pipeline.data.images import from_unit
 from ray_pipeline.data.manifest import check_tiles, load_manifest
 from ray_pipeline.data.sources.folder import prepare_folder, split_images, tile_stems
+from ray_pipeline.data.sources.folder_survey import read_channels
+from ray_pipeline.data.tiles import read_tile
 from ray_pipeline.errors import UserError
 
 REAL_IMAGES = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -68,7 +70,7 @@ def test_every_tile_is_a_crop_of_its_image_and_every_pixel_is_in_a_tile(source, 
     check_tiles(manifest, 32)
     assert manifest.dataset == "my-plate-1" == done.dataset
     names = images_of_rows(source, manifest.table)
-    images = {name: read_image(source / name).pixels for name in set(names)}
+    images = {name: read_channels(source / name)[0] for name in set(names)}
     covered = {}
     for i, (name, row) in enumerate(zip(names, manifest.table.itertuples(), strict=True)):
         image = images[name][row.channel_idx]
@@ -91,7 +93,7 @@ def test_intensities_are_percentiles_of_all_pixels_of_a_channel_and_dtype(source
     pixels = {}
     for path in sorted(source.rglob("*")):
         if path.suffix.lower() in (".tif", ".tiff", ".png") and not path.name.startswith("."):
-            for c, plane in enumerate(read_image(path).pixels):
+            for c, plane in enumerate(read_channels(path)[0]):
                 pixels.setdefault((c, plane.dtype.name), []).append(plane.ravel())
     assert done.ranges.keys() == pixels.keys()
     for group, planes in pixels.items():

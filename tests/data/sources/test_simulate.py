@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ray_pipeline.data.images import read_tile
 from ray_pipeline.data.manifest import COLUMNS, check_tiles, load_manifest, load_pairs
 from ray_pipeline.data.optics import upsample
 from ray_pipeline.data.sources.microscope import CAMERA_OFFSET
 from ray_pipeline.data.sources.simulate import DEGRADATIONS, STAINS, simulate
+from ray_pipeline.data.tiles import read_tile
 from ray_pipeline.errors import UserError
 
 SMALL = {"field_size": 128, "tile_size": 64, "fields": 8, "seed": 11}
