@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean-demo
+.PHONY: demo test lint bench drill clean-demo
 
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -28,7 +28,12 @@ bench: $(STAMP)  ## full-size figures; needs 16 GB of free memory and nothing el
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/latent_formats.py
 	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/step.py
+
+drill: $(STAMP)  ## kill -9 of the encode job at ten random moments; some minutes
+	$(BIN)/python benchmarks/drill_encode.py --kills 10
 
 clean-demo:
 	rm -rf demo_output

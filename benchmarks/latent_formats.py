@@ -65,7 +65,7 @@ class Npy:
         entries = [write_shard(train, f"{number}.npy", values[:, None]) for number, values in enumerate(shards)]
         index = {
             "version": FORMAT_VERSION, "fingerprint": "benchmark", "shape": SHAPE, "hints": HINTS, "simulated": [],
-            "variants": 1, "datasets": [], "shards": entries,
+            "posterior": "mode", "variants": 1, "rejected": 0, "datasets": [], "shards": entries,
         }  # fmt: skip
         train.write("index.json", json.dumps(index).encode())
         stats = LatentStats(np.zeros(4), np.ones(4), 0, "benchmark")

@@ -213,7 +213,10 @@ def test_a_wrong_override_is_named(minimal, override, said):
         ({**PHASES, "sweep": {"enabled": True}}, "sweep.enabled: this version has no sweep"),
         ({**PHASES, "data": {"root": None}}, "data.root: input should be a valid string"),
         ({**PHASES, "data": {"simulate": {"val_fraction": 0}}}, "data.simulate.val_fraction"),
-        ({**PHASES, "data": {"super_resolution_scale": 3}}, "data.super_resolution_scale"),
+        ({**PHASES, "data": {"max_rejected": -1}}, "data.max_rejected: input should be greater than or equal to 0"),
+        ({**PHASES, "data": {"hints": ["canny"]}}, "data.hints: input should be a valid dictionary"),
+        ({**PHASES, "data": {"hints": {"canny": 3}}}, "data.hints.canny: input should be a valid dictionary, found 3"),
+        ({**PHASES, "vae": {"posterior": "mean"}}, "vae.posterior: input should be 'mode' or 'sample', found 'mean'"),
         ({**PHASES, "data": {"mode": "pixels"}}, "data.mode: input should be 'latents' or 'tiles', found 'pixels'"),
         ({**PHASES, "vae": {"gpus_per_actor": 0}}, "vae.gpus_per_actor: input should be greater than 0, found 0"),
         ({**PHASES, "vae": {"gpus_per_actor": True}}, "vae.gpus_per_actor: expected another value than true"),
@@ -292,7 +295,11 @@ def test_epochs_to_save_beyond_the_end_warn_and_are_left_out():
         ([{"name": "a", "epochs": 1}, {"name": "a", "epochs": 1}], "two phases share a name"),
         ([{"name": "a", "epochs": 1, "condition_types": ["canny", "canny"]}], "condition_types lists an entry twice"),
         ([{"name": "a", "epochs": 1, "datasets": ["x", "x"]}], "datasets lists an entry twice"),
-        ([{"name": "a", "epochs": 1, "condition_types": ["cany"]}], "'canny' or 'depth', found 'cany'"),
+        (
+            [{"name": "a", "epochs": 1, "condition_types": ["canny", "cany"]}],
+            "phases.0.condition_types: unknown condition type 'cany', expected some of super_resolution, denoising, "
+            "canny, depth; the nearest is 'canny'",
+        ),
     ],
 )
 def test_phases_that_contradict_themselves_are_refused(phases, said):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ray_pipeline import estimate
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
-from ray_pipeline.data.encode_job import EncodeJob, HintSettings, encode_job
+from ray_pipeline.data.encode_job import EncodeJob, encode_job
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.progress import format_bytes
 from ray_pipeline.training.ema import EMA
@@ -146,24 +146,29 @@ def test_memory_is_weights_gradients_moments_average_and_what_backward_needs(pre
     assert activations == pytest.approx(held_for_backward(config, phase), rel=0.15)
 
 
-@pytest.mark.parametrize("simulated", [(), ("denoising",)])
-def test_latents_bytes_hold_every_tile_variant_and_hint(simulated):
+@pytest.mark.parametrize(
+    ("simulated", "posterior", "images"),
+    [((), "mode", 3), (("denoising",), "mode", 4), ((), "sample", 4), (("denoising",), "sample", 5)],
+)
+def test_latents_bytes_hold_every_tile_variant_and_hint_and_std(simulated, posterior, images):
     job = EncodeJob(
         root="data",
         store="store",
         tile_size=512,
         hints=HINTS,
         simulated=simulated,
-        hint_settings=HintSettings(),
+        hint_settings={},
         variants=2,
         shard_rows=4,
         sample_rows=None,
         autoencoder="embedded",
         precision="fp32",
+        posterior=posterior,
         latent_channels=4,
         batch_size=1,
+        max_rejected=0,
     )
-    needed = 100 * 2 * (3 + len(simulated)) * 4 * 64 * 64 * 2  # tiles, variants, images, channels, side, side, bytes
+    needed = 100 * 2 * images * 4 * 64 * 64 * 2  # tiles, variants, images, channels, side, side, bytes
     assert needed <= estimate.latents_bytes(job, 100) <= 1.1 * needed
 
 

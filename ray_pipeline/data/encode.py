@@ -73,7 +73,7 @@ def check_store(job: EncodeJob, expected: str) -> bool:
         opened = [LatentStore.open(store.child(split)) for split in SPLITS]
     except UserError:
         return False
-    left_out = sum(split.index["rejected"] for split in opened)
+    left_out = opened[0].index["rejected"]
     if left_out > job.max_rejected:
         raise UserError(
             f"{store.where(REJECTED_FILE)} lists {left_out} tiles that were left out of the store, more than "
@@ -118,6 +118,9 @@ def encode(
     _list_rejected(job, listing, records)
     bad = {split: [row["id"] for record in shards for row in record["rejected"]] for split, shards in records.items()}
     stored = stored.without(bad)
+    for split in ("train", "val"):
+        if not stored.rows[split]:
+            raise UserError(f"no tile of split {split} can be used; all are in {store.where(REJECTED_FILE)}, repair them")
     if job.sample_rows is not None:
         streamed = listing.without(bad)
         write_tile_table(store.child("train"), STREAMED_TILES, streamed.rows["train"], streamed.datasets["train"])
@@ -132,7 +135,7 @@ def encode(
             "hints": job.hints,
             "simulated": job.simulated,
             "variants": job.variants,
-            "rejected": len(bad[split]),
+            "rejected": len(listing.rejected) + sum(map(len, bad.values())),  # of the whole store
             "datasets": [dataclasses.asdict(entry) for entry in stored.datasets[split]],
             "shards": [{key: shard[key] for key in ("file", "rows", "bytes", "sha256")} for shard in shards],
         }

@@ -41,17 +41,23 @@ def hint_function(name: str) -> Callable[..., np.ndarray]:
 @cache
 def hint_parameters(name: str) -> type[BaseModel]:
     """The keys of data.hints.<name>: keyword-only arguments of the hint's function, with annotations and defaults."""
-    arguments = inspect.signature(hint_function(name), eval_str=True).parameters.values()
-    extra = [a.name for a in list(arguments)[1:] if a.kind is not inspect.Parameter.KEYWORD_ONLY]
-    bare = [a.name for a in arguments if a.kind is inspect.Parameter.KEYWORD_ONLY and a.annotation is a.empty]
-    if extra or bare or len(arguments) == 0:
+    function = hint_function(name)
+    try:
+        tile, *keywords = inspect.signature(function, eval_str=True).parameters.values()
+        fields = {a.name: (a.annotation, ... if a.default is a.empty else a.default) for a in keywords}
+        model = create_model(name, __base__=Section, **fields)
+    except Exception as error:  # whatever evaluating another package's annotations raises
+        raise UserError(
+            f"hint {name!r}: the arguments of {function!r} cannot be understood ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); correct them"
+        ) from error
+    wrong = [a for a in keywords if a.kind is not a.KEYWORD_ONLY or a.annotation is a.empty]
+    if wrong or tile.kind not in (tile.POSITIONAL_ONLY, tile.POSITIONAL_OR_KEYWORD):
         raise UserError(
             f"hint {name!r}: expected a function of a tile and of keyword-only arguments with annotations, found "
-            f"{hint_function(name).__name__}{inspect.signature(hint_function(name))}; correct it"
+            f"{function.__name__}{inspect.signature(function)}; correct it"
         )
-    keywords = (a for a in arguments if a.kind is inspect.Parameter.KEYWORD_ONLY)
-    fields = {a.name: (a.annotation, ... if a.default is a.empty else a.default) for a in keywords}
-    return create_model(name, __base__=Section, **fields)
+    return model
 
 
 def resolve_hints(given: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -63,7 +69,9 @@ def resolve_hints(given: Mapping[str, Mapping[str, Any]], wanted: Sequence[str])
     for name in (*given, *wanted):
         if name not in known_hints():
             nearest = difflib.get_close_matches(name, known_hints(), n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown key data.hints.{name}; the nearest known key is data.hints.{nearest}")
+            if name in given:
+                raise UserError(f"unknown key data.hints.{name}; the nearest known key is data.hints.{nearest}")
+            raise UserError(f"unknown hint {name!r}, expected some of {', '.join(known_hints())}; nearest is {nearest!r}")
     resolved = {name: _resolve(name, given.get(name, {})) for name in dict.fromkeys((*wanted, *given))}
     return {name: resolved[name] for name in wanted}
 

@@ -30,7 +30,12 @@ def count_values(pixels: np.ndarray) -> np.ndarray:
 
 def count_bins(pixels: np.ndarray, lo: float, hi: float) -> np.ndarray:
     """Pixels within lo..hi, any shape -> int64 counts (HISTOGRAM_BINS,) in equal bins from lo to hi."""
-    return np.histogram(pixels, HISTOGRAM_BINS, (lo, hi))[0]
+    counts = np.zeros(HISTOGRAM_BINS, np.int64)
+    flat = pixels.reshape(-1)
+    for start in range(0, flat.size, PIXELS_AT_ONCE):
+        # float16 and float32 cannot tell the edges of so many bins apart, and numpy makes the edges in that type
+        counts += np.histogram(flat[start : start + PIXELS_AT_ONCE].astype(np.float64), HISTOGRAM_BINS, (lo, hi))[0]
+    return counts
 
 
 def add_counts(total: dict[Group, np.ndarray], new: dict[Group, np.ndarray]) -> None:

@@ -167,7 +167,8 @@ def _bad_partner(job: EncodeJob, partners: dict[str, list[_Partner]]) -> tuple[s
                 return partner.path, f"the {hint} partner is {'empty' if size == 0 else 'missing'}"
             known = [side for side in partner.size if not math.isnan(side)]
             fits = [
-                side == job.tile_size or (hint == "super_resolution" and job.tile_size % side == 0) for side in known
+                side == job.tile_size or (hint == "super_resolution" and side >= 1 and job.tile_size % side == 0)
+                for side in known
             ]
             if not all(fits) or len(set(known)) > 1:
                 size = "x".join(f"{side:g}" for side in partner.size)

@@ -44,7 +44,8 @@ class TileReader:
                     if request.columns.index(name) == column and name != "std":
                         images.append(((place, column), self._image(name, turned, files, variant)))
         except UserError as error:
-            return Rejected(row.id, files.last, str(error))
+            path = Path(self.job.root, files.last)
+            return Rejected(row.id, files.last, str(error).removeprefix(f"{path}: "))
         return images
 
     def _image(self, column: str, turned: np.ndarray, files: TileFiles, variant: int) -> np.ndarray:
@@ -70,13 +71,11 @@ class TileFiles:
         tile, side = self._read(self.row.path), self.job.tile_size
         if tile.shape != (side, side):
             raise UserError(
-                f"{Path(self.job.root, self.row.path)} is {tile.shape[0]}x{tile.shape[1]} px, but data.tile_size is "
-                f"{side}; prepare tiles of that size or change data.tile_size and model.latent_size"
+                f"found {tile.shape[0]}x{tile.shape[1]} px, but data.tile_size is {side}; prepare tiles of that size "
+                "or change data.tile_size and model.latent_size"
             )
         if tile.min() == tile.max():
-            raise UserError(
-                f"{Path(self.job.root, self.row.path)} is constant, every pixel is {tile[0, 0]:g} of -1 to 1; remove it"
-            )
+            raise UserError(f"found a constant tile, every pixel is {tile[0, 0]:g} of -1 to 1; remove it")
         return tile
 
     def partner(self, hint: str, variant: int) -> np.ndarray | None:

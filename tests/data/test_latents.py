@@ -42,7 +42,9 @@ def write_store(root: Folder) -> dict[str, np.ndarray]:
         "shape": SHAPE,
         "hints": HINTS,
         "simulated": SIMULATED,
+        "posterior": "mode",
         "variants": VARIANTS,
+        "rejected": 0,
         "datasets": [
             {"name": "one", "start": 0, "count": 6, "partners": {"denoising": 2}},
             {"name": "two", "start": 6, "count": 10, "partners": {}},
@@ -146,6 +148,31 @@ def test_as_many_variants_and_flags_as_ids_are_wanted(store):
 def test_a_hint_that_is_not_stored_is_named(local):
     with pytest.raises(UserError, match=r"no hint 'depth', its hints are super_resolution, denoising, canny.*encode"):
         local.open().gather([1], hints=("canny", "depth"))
+
+
+@pytest.mark.parametrize("hints", [(), ("canny",), ("denoising", "canny")])
+def test_where_the_posterior_is_stored_its_std_comes_with_every_latent(write_latents, tmp_path, hints):
+    """Columns are latent, std, hint.denoising, hint.canny, simulated.denoising; each value tells its place."""
+    places = np.arange(6)[:, None, None], 10 * np.arange(VARIANTS)[:, None], 100 * np.arange(5)
+    values = np.broadcast_to(sum(places)[..., None, None, None], (6, VARIANTS, 5, *SHAPE)).astype(np.float16)
+    opened = write_latents(tmp_path, values, HINTS[1:], SIMULATED, posterior="sample", shard_rows=4)
+    assert opened.columns == ("latent", "std", "hint.denoising", "hint.canny", "simulated.denoising")
+    gathered = opened.gather([5, 0, 3], [1, 0, 1], hints, [True, False, False])
+    assert list(gathered) == ["latent", "std", *(f"hint.{hint}" for hint in hints)]
+    columns = {"latent": [0, 0, 0], "std": [1, 1, 1], "hint.denoising": [4, 2, 2], "hint.canny": [3, 3, 3]}
+    for name, rows in gathered.items():
+        expected = np.array([5, 0, 3]) + 10 * np.array([1, 0, 1]) + 100 * np.array(columns[name])
+        np.testing.assert_array_equal(rows, np.broadcast_to(expected[:, None, None, None], rows.shape))
+    assert list(opened.gather([1])) == ["latent", "std", "hint.denoising", "hint.canny"]
+
+
+@pytest.mark.parametrize("ids", [[], [0], [6, 15, 5, 6]])
+def test_records_are_all_that_is_stored_of_a_row(store, ids):
+    records = store.open().records(ids)
+    assert records.shape[0] == len(ids)
+    for place, row in enumerate(ids):
+        for column, name in enumerate(COLUMNS):
+            np.testing.assert_array_equal(records[place, :, column], store.values[name][row])
 
 
 def fetched(server, before: int) -> list[int]:
@@ -317,7 +344,7 @@ def test_a_damaged_store_is_named_and_the_remedy_told(store, file, content, said
         LatentStore.open(store.train)
 
 
-@pytest.mark.parametrize("version", [1, 99])
+@pytest.mark.parametrize("version", [1, 2, 99])
 def test_a_store_of_another_format_version_is_refused(local, version):
     # of another version are its other keys, too
     local.train.write("index.json", json.dumps({"version": version, "shards": []}).encode())

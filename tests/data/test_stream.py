@@ -1,6 +1,5 @@
 """What Ray Data hands to each rank is what the plan says, from any step on."""
 
-import json
 import logging
 import re
 import shutil
@@ -15,13 +14,11 @@ import ray
 import ray.data
 from ray.util import placement_group, remove_placement_group
 
-from ray_pipeline.data.latents import FORMAT_VERSION, LatentStats, LatentStore
+from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.mixture import Member, Mixture
 from ray_pipeline.data.plan import MixedPlan, SamplePlan
-from ray_pipeline.data.shards import write_shard
 from ray_pipeline.data.stream import Chunks, Gather, ReadAhead, StreamSettings, stream
 from ray_pipeline.errors import find_user_error
-from ray_pipeline.storage import Folder
 
 SHAPE = (1, 2, 4)
 ROWS, SHARD_ROWS, VARIANTS = 37, 10, 3
@@ -37,29 +34,14 @@ def code(row: np.ndarray, variant: np.ndarray, column: np.ndarray | int) -> np.n
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> LatentStore:
+def store(write_latents, tmp_path_factory) -> LatentStore:
     """Every latent holds its row, variant and column."""
-    root = Folder(tmp_path_factory.mktemp("stream"))
-    folder, shards = root.child("train"), []
     places = np.arange(ROWS)[:, None, None], np.arange(VARIANTS)[:, None], np.arange(len(COLUMNS))
     values = np.broadcast_to(code(*places)[..., None, None, None], (ROWS, VARIANTS, len(COLUMNS), *SHAPE))
-    for start in range(0, ROWS, SHARD_ROWS):
-        shards.append(write_shard(folder, f"shard-{len(shards):05d}.npy", values[start : start + SHARD_ROWS]))
-    datasets = [("a", 0, BORDER), ("b", BORDER, ROWS - BORDER)]
-    index = {
-        "version": FORMAT_VERSION,
-        "fingerprint": "f",
-        "shape": SHAPE,
-        "hints": HINTS,
-        "simulated": ["denoising"],
-        "variants": VARIANTS,
-        "datasets": [{"name": n, "start": s, "count": c, "partners": {"denoising": c}} for n, s, c in datasets],
-        "shards": shards,
-    }
-    folder.write("index.json", json.dumps(index).encode())
-    stats = LatentStats(np.zeros(1), np.ones(1), ROWS, "f")
-    root.write("stats.json", json.dumps(stats.as_json()).encode())
-    return LatentStore.open(root)
+    ranges = [("a", 0, BORDER), ("b", BORDER, ROWS - BORDER)]
+    datasets = [{"name": n, "start": s, "count": c, "partners": {"denoising": c}} for n, s, c in ranges]
+    root = tmp_path_factory.mktemp("stream")
+    return write_latents(root, values, HINTS, ["denoising"], shard_rows=SHARD_ROWS, datasets=datasets)
 
 
 def settings(store: LatentStore, **changes) -> StreamSettings:

@@ -12,6 +12,7 @@ import pytest
 from ray_pipeline.data.latents import DataSet
 from ray_pipeline.data.tile_table import TileRow, TileTable, write_tile_table
 from ray_pipeline.errors import UserError
+from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder
 
 NAME = "tiles.arrow"
@@ -19,7 +20,10 @@ ROWS = [
     TileRow(
         id=f"set {k % 2}/007_\u00b5{k}",
         path=f"foundation/set {k % 2}/images/\u00b5m {k}.png",
-        partners={hint: f"degraded/{hint} {k}.png" for hint in ("super_resolution", "denoising")[: k % 3]},
+        partners={
+            hint: tuple(f"degraded/{hint} {k} {n}.png" for n in range(1 + k % 4)) for hint in PARTNER_TYPES[: k % 4]
+        },
+        psf_fwhm_px=0.25 * k,
     )
     for k in range(50)
 ]

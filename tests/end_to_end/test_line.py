@@ -153,6 +153,17 @@ def test_two_workers_train_on_the_same_samples_to_the_same_weights_but_rounding(
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
 
 
+def test_tiles_encoded_while_it_trains_give_the_losses_of_stored_latents(
+    finished, tiny_data, tiny_autoencoder, tmp_path
+):
+    out = tmp_path / "run"
+    only_phase_one = "[{name: phase1_unconditional, epochs: 4}]"
+    changes = {"data__mode": "tiles", "data__latents": tmp_path / "sample", "phases": only_phase_one}
+    assert train(tiny_data, tiny_autoencoder, out, **changes) == 0
+    one, two = (read_events(run, "phase1_unconditional", "step") for run in (finished, out))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-3)
+
+
 def test_a_worker_killed_in_mid_phase_goes_on_to_equal_bits(finished, tiny_data, tiny_autoencoder, tmp_path):
     out = tmp_path / "run"
     killed: list[int] = []

@@ -95,6 +95,32 @@ def test_bf16_latents_come_as_float32_and_close(folders):
     assert 0 < (rough - exact).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.parametrize("name", ["kl", "kl_16"])
+def test_a_sampled_posterior_has_the_mean_and_std_of_diffusers(folders, name):
+    colour = tiles()[:, None].repeat(1, 3, 1, 1)
+    with torch.no_grad():
+        expected = AutoencoderKL.from_pretrained(folders[name]).eval().encode(colour).latent_dist
+    mean, std = load_autoencoder(str(folders[name]), posterior="sample").posterior(tiles())
+    torch.testing.assert_close(mean, expected.mean)
+    torch.testing.assert_close(std, expected.std)
+    assert std.dtype == torch.float32
+    assert std.min() > 0
+
+
+@pytest.mark.parametrize("name", ["kl", "tiny"])
+def test_the_mode_comes_without_a_std(folders, name):
+    autoencoder = load_autoencoder(str(folders[name]))
+    mean, std = autoencoder.posterior(tiles())
+    assert std is None
+    assert torch.equal(mean, autoencoder.encode(tiles()))
+
+
+def test_an_autoencoder_without_a_posterior_is_refused_where_it_should_be_sampled(folders):
+    said = r"vae\.posterior=sample, but vae\.pretrained=.*tiny is an AutoencoderTiny, .* use vae\.posterior=mode or"
+    with pytest.raises(UserError, match=said):
+        load_autoencoder(str(folders["tiny"]), posterior="sample")
+
+
 def copy(folders, name, tmp_path):
     return shutil.copytree(folders[name], tmp_path / name)
 

@@ -1,7 +1,6 @@
 import math
 import resource
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +13,7 @@ from ray_pipeline.monitoring.events import (
     ValidationEvent,
     read_events,
 )
-from ray_pipeline.monitoring.plots import plot_progress, sample_grid
+from ray_pipeline.monitoring.plots import plot_progress
 
 
 def write_run(run_dir, losses, validated=True, ema=("ema_decay_0.9999",)):
@@ -97,80 +96,3 @@ def test_failing_write_leaves_the_old_chart(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (np.asarray(Image.open(path).convert("RGB")) == old).all()
     assert [entry.name for entry in path.parent.iterdir()] == ["latest_progress.png"]
-
-
-def random_tiles(count, size, seed=0):
-    return np.random.default_rng(seed).uniform(-1, 1, (count, size, size))
-
-
-def expected_gray(tile):
-    """-1 is black, 1 is white, to the nearest of 256 grays."""
-    return np.floor((tile + 1) / 2 * 255 + 0.5).astype(np.uint8)
-
-
-def find(picture, block):
-    """(y, x) of the only place where the gray `block` stands in `picture`, pixel for pixel."""
-    distance = cv2.matchTemplate(picture[..., 0], block, cv2.TM_SQDIFF)
-    y, x = np.unravel_index(distance.argmin(), distance.shape)
-    height, width = block.shape
-    assert (picture[y : y + height, x : x + width] == block[..., None]).all()
-    return int(y), int(x)
-
-
-def test_one_column_is_a_square_grid_of_exact_pixels(tmp_path):
-    tiles = random_tiles(5, 130)
-    canvas = sample_grid([("18 steps", tiles)], tmp_path / "grid.png", title="phase1, epoch 5")
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert canvas.dtype == np.uint8
-    assert canvas.shape[2] == 3
-    assert (picture == canvas).all()
-    places = [find(picture, expected_gray(tile)) for tile in tiles]
-    rows, columns = sorted({y for y, _ in places}), sorted({x for _, x in places})
-    assert (len(rows), len(columns)) == (2, 3)
-    assert places == [(rows[n // 3], columns[n % 3]) for n in range(5)]
-
-
-def test_small_tiles_are_magnified_by_a_whole_factor(tmp_path):
-    tiles = random_tiles(4, 32)
-    canvas = sample_grid([("", tiles)], tmp_path / "grid.png", title="t")
-    for tile in tiles:
-        find(canvas, np.kron(expected_gray(tile), np.ones((4, 4), np.uint8)))
-
-
-def test_hint_sample_and_target_of_a_tile_share_a_row(tmp_path):
-    names = ["super_resolution", "sample", "target"]
-    columns = [(name, random_tiles(2, 128, seed)) for seed, name in enumerate(names)]
-    captions = {(0, 1): "24.1 dB", (1, 1): "a caption that is much wider than the tile it stands under"}
-    plain = sample_grid(columns, tmp_path / "plain.png", title="phase2")
-    captioned = sample_grid(columns, tmp_path / "captioned.png", captions=captions, title="phase2")
-    for canvas in (plain, captioned):
-        places = np.array([[find(canvas, expected_gray(tile)) for tile in tiles] for _, tiles in columns])
-        assert (places[:, :, 0] == places[0, :, 0]).all()
-        assert (places[:, :, 1] == places[:, :1, 1]).all()
-        assert (np.diff(places[:, 0, 1]) > 128).all()
-        assert (np.diff(places[0, :, 0]) > 128).all()
-    paper = captioned[0, 0]
-    # Nothing is cut off at the rim, and the captions are there.
-    for rim in (captioned[0], captioned[-1], captioned[:, 0], captioned[:, -1]):
-        assert (rim == paper).all()
-    (y, x) = find(captioned, expected_gray(columns[1][1][0]))
-    assert (captioned[y + 128 : y + 150, x : x + 128] != paper).any()
-    (y, x) = find(captioned, expected_gray(columns[0][1][0]))
-    assert (captioned[y + 128 : y + 150, x : x + 128] == paper).all()
-
-
-def test_values_out_of_range_are_clipped_and_non_finite_ones_red(tmp_path):
-    tile = np.zeros((1, 128, 128))
-    tile[0, :64] = 3.0
-    tile[0, 64:96] = -3.0
-    tile[0, 96:] = np.nan
-    canvas = sample_grid([("", tile)], tmp_path / "grid.png", title="t")
-    assert shown_color(canvas, (255, 255, 255)) == 64 * 128
-    assert shown_color(canvas, (0, 0, 0)) == 32 * 128
-    assert shown_color(canvas, (255, 0, 0)) == 32 * 128
-
-
-@pytest.mark.parametrize("shape", [(3, 16, 17), (2, 16, 16), (16, 16), (0, 16, 16)])
-def test_columns_that_do_not_fit_together_are_refused(tmp_path, shape):
-    with pytest.raises(ValueError, match="one shape"):
-        sample_grid([("a", np.zeros((3, 16, 16))), ("b", np.zeros(shape))], tmp_path / "grid.png", title="t")

@@ -1,13 +1,19 @@
-"""The pure parts of a training step: learning rate and the stack of hints."""
+"""The parts of a training step that need no worker: learning rate, stack of hints, what a micro-batch holds."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from scipy import stats as distributions
 
+from ray_pipeline.config import parse_config
 from ray_pipeline.data.latents import LatentStats
+from ray_pipeline.data.plan import SamplePlan
+from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.sections import OptimizerConfig
-from ray_pipeline.training.step import learning_rate, stack_hints
+from ray_pipeline.training.step import learning_rate, micro_batches, stack_hints
 
 
 def test_constant_rate_warms_up_linearly_and_then_stays():
@@ -48,3 +54,45 @@ def test_hints_are_stacked_in_the_order_of_their_names_and_normalised_like_the_t
         wide = values[f"hint.{name}"].astype(np.float64)
         expected = (wide - mean[:, None, None]) / std[:, None, None] * 0.5
         np.testing.assert_allclose(stacked[:, number].numpy(), expected, atol=1e-5)
+
+
+SHAPE = (4, 8, 8)
+
+
+def of_phase(store, batch_size: int = 3) -> SimpleNamespace:
+    """What `micro_batches` takes of a phase without hints."""
+    config = parse_config({"phases": [{"name": "p", "epochs": 1}], "train": {"batch_size": batch_size}})
+    plan = SamplePlan(len(store), 8, seed=5, phase="p")
+    return SimpleNamespace(config=config, phase=config.phases[0], plan=plan, hints=(), train_store=store)
+
+
+@pytest.fixture
+def stored(write_latents, tmp_path):
+    """A store with means of 2 and standard deviations of 0.25, whose statistics are mean 0 and std 1."""
+    values = np.full((16, 1, 2, *SHAPE), 2, np.float16)
+    values[:, :, 1] = 0.25
+    return write_latents(tmp_path, values, posterior="sample")
+
+
+def test_a_stored_posterior_is_sampled_with_noise_of_its_own(stored):
+    """x0 = (mean + std e) sigma_data, e standard normal; sigma_data is 0.5."""
+    batch = stored.gather(range(16)) | {"index": np.arange(100, 116)}
+    batches = micro_batches(of_phase(stored), batch)
+    assert [len(one.x0) for one in batches] == [3, 3, 3, 3, 3, 1]
+    x0, noise = (torch.cat([getattr(one, name) for one in batches]).numpy() for name in ("x0", "noise"))
+    assert x0.dtype == np.float32
+    e = (x0 / 0.5 - 2) / 0.25
+    assert distributions.kstest(e.ravel(), "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(e.ravel(), noise.ravel())[0, 1]) < 0.05
+    assert len({one.tobytes() for one in e}) == 16
+    # the noise that is added for the diffusion is what it is without a posterior
+    np.testing.assert_array_equal(noise, draw(5, "p", batch["index"], SHAPE).noise)
+    again = torch.cat([one.x0 for one in micro_batches(of_phase(stored, batch_size=16), batch)])
+    np.testing.assert_array_equal(again.numpy(), x0)
+    moved = {name: values[4:9] for name, values in batch.items()}  # as another rank or a resume would get them
+    np.testing.assert_array_equal(micro_batches(of_phase(stored, 5), moved)[0].x0, x0[4:9])
+
+
+def test_without_a_posterior_the_latent_is_taken_as_it_is(stored):
+    batch = {"latent": stored.gather(range(16))["latent"], "index": np.arange(16)}
+    assert (micro_batches(of_phase(stored), batch)[0].x0 == 1).all()

@@ -1,6 +1,5 @@
 """Two validations of one model are equal to the bit, and a tile's loss is its own, whatever is validated beside it."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,11 @@ from scipy import stats
 
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
-from ray_pipeline.data.latents import FORMAT_VERSION, LatentStats, LatentStore
+from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import spread
 from ray_pipeline.data.mixture import make_mixture
-from ray_pipeline.data.shards import write_shard
 from ray_pipeline.diffusion.edm import EDM
 from ray_pipeline.diffusion.noise import draw
-from ray_pipeline.storage import Folder
 from ray_pipeline.training.ema import EMA
 from ray_pipeline.training.setup import PhaseJob, PhaseRun, make_edm, make_network, make_optimizer
 from ray_pipeline.training.state import TrainState
@@ -31,28 +28,17 @@ MODEL = {"architecture": "custom", "latent_size": 8, "depth": 2, "hidden_size": 
 MODEL |= {"dropout": 0.3}  # not in validation
 SIGMA_DATA = 0.5
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def random_latents() -> np.ndarray:
     """(rows, variants, columns, C, H, W) fp16."""
     return np.random.default_rng(5).normal(size=(ROWS, 1, len(COLUMNS), *SHAPE)).astype(np.float16)
 
 
-def write_store(root: Path, values: np.ndarray, std: float = 1.0) -> LatentStore:
-    folder = Folder(root)
-    index = {
-        "version": FORMAT_VERSION,
-        "fingerprint": "f",
-        "shape": SHAPE,
-        "hints": HINTS,
-        "simulated": ["denoising"],
-        "variants": 1,
-        "datasets": [{"name": "a", "start": 0, "count": ROWS, "partners": {"denoising": ROWS}}],
-        "shards": [write_shard(folder.child("train"), "shard-00000.npy", values)],
-    }
-    folder.child("train").write("index.json", json.dumps(index).encode())
-    latent_stats = LatentStats(np.zeros(SHAPE[0]), np.full(SHAPE[0], std), ROWS, "f")
-    folder.write("stats.json", json.dumps(latent_stats.as_json()).encode())
-    return LatentStore.open(folder)
+@pytest.fixture
+def write_store(write_latents):
+    return lambda root, values, std=1.0: write_latents(root, values, HINTS, ["denoising"], std=std)
 
 
 def make_run(folder: Path, store: LatentStore, rows=None, hints=(), fresh=False, batch_size=4, levels=3, **changes):
@@ -93,17 +79,8 @@ def make_run(folder: Path, store: LatentStore, rows=None, hints=(), fresh=False,
     return PhaseRun(**(fields | changes))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine cost more than these matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
-def store(tmp_path) -> LatentStore:
+def store(tmp_path, write_store) -> LatentStore:
     return write_store(tmp_path / "store", random_latents())
 
 
@@ -132,7 +109,7 @@ def test_the_loss_of_a_tile_depends_on_nothing_that_is_validated_beside_it(tmp_p
     np.testing.assert_allclose(some, whole[list(rows)], rtol=1e-5)
 
 
-def test_a_loss_is_the_weighted_error_of_the_denoised_tile(tmp_path, store):
+def test_a_loss_is_the_weighted_error_of_the_denoised_tile(tmp_path, store, write_store):
     run = make_run(tmp_path, store)
     found = validate(run)
     # a network that returns zero leaves D = c_skip x, so that the loss tells the noise: with x0 = 0 its energy
@@ -230,7 +207,7 @@ def test_a_tile_alone_keeps_its_hints():
     np.testing.assert_array_equal(other_tiles(np.array([8])), [0])
 
 
-def test_a_shuffled_validation_gives_each_tile_the_hints_of_the_other(tmp_path, store):
+def test_a_shuffled_validation_gives_each_tile_the_hints_of_the_other(tmp_path, store, write_store):
     moved = random_latents()
     moved[:, :, 1:] = moved[other_tiles(np.arange(ROWS)), :, 1:]
     right = validate(make_run(tmp_path, store, hints=HINTS))
@@ -240,7 +217,7 @@ def test_a_shuffled_validation_gives_each_tile_the_hints_of_the_other(tmp_path, 
     assert (shuffled.losses != right.losses).all()
 
 
-def test_tiles_take_simulated_hints_where_their_data_set_says_so(tmp_path, store):
+def test_tiles_take_simulated_hints_where_their_data_set_says_so(tmp_path, store, write_store):
     simulated = np.arange(ROWS) % 3 == 0
     swapped = random_latents()
     swapped[simulated, :, 1] = swapped[simulated, :, 3]
@@ -279,7 +256,7 @@ def test_standard_errors_are_those_over_tiles():
     assert np.isnan(replace(right, losses=right.losses[:1]).standard_error)
 
 
-def test_a_fresh_network_scores_one_on_normalised_latents_alone(tmp_path, store):
+def test_a_fresh_network_scores_one_on_normalised_latents_alone(tmp_path, store, write_store):
     loss, error = untrained_loss(make_run(tmp_path, store, fresh=True))
     assert loss == pytest.approx(1, abs=0.05)
     assert error == 0  # of all tiles

@@ -79,13 +79,14 @@ def cut_unit(root: Path, out: Path, cutting: Cutting, intensities: Intensities, 
     images = [open_image(root / partner.image.name, choice.axes) for partner in unit.partners]
     of_partners = [planes(image, choice) for image in images]
     for plane in planes(opened, choice):
-        seen = [next(each) for each in of_partners]
+        seen = [_at(plane.place, each) for each in of_partners]
         if plane.channel not in survey.limits:
             continue
         writer = _Writer(out, cutting, unit, opened, plane, intensities)
         kept = writer.foundation(corners, cut)
         for partner, image, scale, other in zip(unit.partners, images, scales, seen, strict=True):
-            writer.partner(partner, image, scale, other, kept, cut)
+            if plane.channel in partner.limits:
+                writer.partner(partner, image, scale, other, kept, cut)
         writer.depth(kept, cut)
     return cut
 
@@ -146,7 +147,7 @@ class _Writer:
             reason = f"it gets darker where {self.unit.foundation.image.name} gets brighter: no image of the same field"
             cut.left_out.append(Rejected("", name, reason))
             return
-        um_pixel = partner.image.metadata.get("um_pixel") or image.um_pixel or self._um_pixel(scale)
+        um_pixel = image.um_pixel or self._um_pixel(scale)
         for y, x, pixels in _squares(other.pixels, kept, scale, self.cutting.tile_size):
             corner = (y // scale, x // scale)
             unit = to_unit(pixels, *lo_hi)
@@ -166,7 +167,7 @@ class _Writer:
             cut.rows["degraded"].append(row | {"pair_id": tile})
 
     def _um_pixel(self, scale: int) -> float | None:
-        known = self.unit.foundation.image.metadata.get("um_pixel") or self.opened.um_pixel
+        known = self.opened.um_pixel or self.unit.foundation.image.metadata.get("um_pixel")
         return None if known is None else known * scale
 
     def _fitted(self, pixels: np.ndarray, scale: int) -> tuple[float, float]:
@@ -189,12 +190,17 @@ class _Writer:
     ) -> dict:
         path = f"images/{identifier}.png"
         known = {key: value for key, value in image.metadata.items() if key != "um_pixel"}
-        marker = self.opened.channel_names[self.plane.channel]
-        row = {"id": identifier, "image": path, "dataset": image.dataset, "marker": marker, **known}
+        marker = self.opened.channel_names[self.plane.channel] or known.get("marker", "")
+        row = {"id": identifier, "image": path, "dataset": image.dataset, **known, "marker": marker}
         row |= {"channel_idx": image.channel + self.plane.channel, "norm_lo": lo_hi[0], "norm_hi": lo_hi[1]}
         row |= {"x0": x, "y0": y, "um_pixel": um_pixel, "averages": image.averages}
         row |= {"height": unit.shape[0], "width": unit.shape[1]}
         return row | {"sha256": write_tile(self.out / kind / image.dataset / path, unit)}
+
+
+def _at(place: tuple[int, int, int], partner: Iterator[Plane]) -> Plane:
+    """The partner's next plane at a place; channels that only the partner has are passed over."""
+    return next(plane for plane in partner if plane.place == place)
 
 
 def _squares(

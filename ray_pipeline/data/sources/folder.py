@@ -77,8 +77,7 @@ def list_folder(
         if foundation not in present or any(r.pattern.fullmatch(foundation) for r in partners):
             rejected.append((name, f"its foundation image {foundation} is not there"))
             continue
-        averages = match.groupdict().get("averages")
-        captures = int(averages) if averages else None
+        captures = _captures(rule, match)
         images.append(
             SourceImage(
                 name, dataset, group=image.group, pair=foundation, task=rule.task, averages=captures, metadata=known,
@@ -117,6 +116,18 @@ def list_files(root: Path) -> tuple[list[str], list[tuple[str, str]], int]:
             else:
                 names.append(name)
     return sorted(names), sorted(rejected), others
+
+
+def _captures(rule: PartnerRule, match: re.Match) -> int | None:
+    averages = match.groupdict().get("averages")
+    if not averages:
+        return None
+    if not averages.isdecimal() or int(averages) == 0:
+        raise UserError(
+            f"--partners {rule.task} {rule.pattern.pattern!r}: the group averages holds {averages!r} in "
+            f"{match.string}, expected a number of captures; correct the pattern."
+        )
+    return int(averages)
 
 
 def _group(pattern: re.Pattern | None, name: str) -> str:

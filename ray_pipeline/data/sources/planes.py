@@ -33,13 +33,17 @@ class PlaneChoice:
 
 @dataclass(frozen=True)
 class Plane:
-    """One plane (H, W) of channel c; suffix: what tells it from others of the channel; depth: (H, W) in [0, 1] from
-    focus, where it was made from a stack, else None."""
+    """One plane (H, W); place: its channel, time and depth, depth 0 where it is made from a stack; suffix: what tells
+    it from others of the channel; depth: (H, W) in [0, 1] from focus, where it was made from a stack, else None."""
 
-    channel: int
+    place: tuple[int, int, int]
     suffix: str
     pixels: np.ndarray
     depth: np.ndarray | None = None
+
+    @property
+    def channel(self) -> int:
+        return self.place[0]
 
 
 def planes(image: MicroscopeImage, choice: PlaneChoice) -> Iterator[Plane]:
@@ -52,10 +56,10 @@ def planes(image: MicroscopeImage, choice: PlaneChoice) -> Iterator[Plane]:
             if choice.projects and len(depths) > 1:
                 stack = np.stack([image.plane(t, c, z) for z in depths])
                 pixels = stack.max(axis=0) if choice.z == "max" else extended_focus(stack)
-                yield Plane(c, f"{time}_{choice.z}", pixels, depth_from_focus(stack))
+                yield Plane((c, t, 0), f"{time}_{choice.z}", pixels, depth_from_focus(stack))
                 continue
             for z in depths:
-                yield Plane(c, time + (f"_z{z}" if image.sizes["Z"] > 1 else ""), image.plane(t, c, z))
+                yield Plane((c, t, z), time + (f"_z{z}" if image.sizes["Z"] > 1 else ""), image.plane(t, c, z))
 
 
 def _indices(image: MicroscopeImage, axis: str, chosen: Chosen | None) -> tuple[int, ...]:

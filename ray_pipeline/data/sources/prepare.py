@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -72,17 +73,17 @@ def prepare(collection: Collection, out: Path, settings: Settings, report: Repor
     or not at all, and replaces an old one only with `overwrite`. UserError: wrong settings, no images, too many
     rejected.
     """
-    root, images = collection.root, collection.images
+    root, images = collection.root.absolute(), collection.images  # Ray's workers may have another current folder
     check_settings(settings)
     targets = {dataset: out / "foundation" / dataset for dataset in sorted({image.dataset for image in images})}
     for dataset, target in targets.items():
-        _check_target(root, target, dataset, settings.overwrite)
+        _check_target(collection.root, target, dataset, settings.overwrite)
     choice = settings.cutting.choice
     report("looking", 0, len(images))
     surveys, counts = survey_images(
         root, images, settings.cutting.tile_size, choice, lambda done: report("looking", done, len(images))
     )
-    surveys = _with_pairs_checked(surveys)
+    surveys = _with_pairs_checked(surveys, settings.cutting.tile_size)
     rejected = [Rejected("", name, reason) for name, reason in collection.rejected]
     rejected += [Rejected("", survey.image.name, survey.reason) for survey in surveys if survey.reason]
     accepted = [survey for survey in surveys if not survey.reason]
@@ -105,20 +106,20 @@ def prepare(collection: Collection, out: Path, settings: Settings, report: Repor
     staging = out / f".prepare-{'-'.join(targets)[:LONGEST_STEM]}"
     shutil.rmtree(staging, ignore_errors=True)
     units = _units(accepted)
-    cut = partial(cut_unit, root, staging, settings.cutting, intensities)
+    cut = partial(cut_unit, root, staging.absolute(), settings.cutting, intensities)
     writers = _Writers(staging)
     report("writing tiles", 0, len(units))
-    with writers:
-        for number, (unit, made) in enumerate(
-            zip(units, ray_map(cut, units, together=_UNITS_TOGETHER), strict=True), 1
-        ):
-            writers.write(unit, made, split_of, done)
-            report("writing tiles", number, len(units))
     kept = {survey.image.dataset for survey in foundation}
-    _list_left_out(staging, accepted, done, writers.left_out, kept)
-    for dataset in sorted(kept):
-        _replace(out, staging, dataset)
-    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        with writers, closing(ray_map(cut, units, together=_UNITS_TOGETHER)) as cuts:
+            for number, (unit, made) in enumerate(zip(units, cuts, strict=True), 1):
+                writers.write(unit, made, split_of, done)
+                report("writing tiles", number, len(units))
+        _list_left_out(staging, accepted, done, writers.left_out, kept)
+        for dataset in sorted(kept):
+            _replace(out, staging, dataset)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return done
 
 
@@ -171,25 +172,33 @@ class _Writers:
         done.left_out += len(made.left_out)
 
 
-def _with_pairs_checked(surveys: list[Survey]) -> list[Survey]:
+def _with_pairs_checked(surveys: list[Survey], tile_size: int) -> list[Survey]:
     """Partners that do not fit their foundation image get the reason why."""
     foundation = {survey.image.name: survey for survey in surveys if survey.image.pair is None}
-    checked = []
-    for survey in surveys:
-        of = foundation.get(survey.image.pair)
-        reason = survey.reason
-        if survey.image.pair is not None and not reason:
-            if of is None or of.reason:
-                reason = f"its foundation image {survey.image.pair} is {'rejected' if of else 'not there'}"
-            elif partner_scale(of, survey) == 0 or (survey.image.task == "denoising" and of.height != survey.height):
-                reason = (
-                    f"{survey.height} x {survey.width} pixels do not fit those of its foundation image "
-                    f"{of.image.name}, {of.height} x {of.width}"
-                )
-            elif not set(of.limits) <= {*survey.limits, *survey.empty}:
-                reason = f"it lacks channels of its foundation image {of.image.name}"
-        checked.append(replace(survey, reason=reason))
-    return checked
+    return [
+        survey
+        if survey.image.pair is None or survey.reason
+        else replace(survey, reason=_misfit(foundation.get(survey.image.pair), survey, tile_size))
+        for survey in surveys
+    ]
+
+
+def _misfit(foundation: Survey | None, partner: Survey, tile_size: int) -> str:
+    name = partner.image.pair
+    if foundation is None or foundation.reason:
+        return f"its foundation image {name} is {'rejected' if foundation else 'not there'}"
+    scale = partner_scale(foundation, partner)
+    if scale == 0 or (partner.image.task == "denoising" and scale != 1):
+        return (
+            f"{partner.height} x {partner.width} pixels do not fit those of its foundation image {name}, "
+            f"{foundation.height} x {foundation.width}"
+        )
+    if tile_size % scale:
+        return f"tiles of {tile_size} pixels do not divide by its scale, {scale}; choose another --tile-size"
+    channels = {channel for channel, *_ in foundation.places}
+    if {place for place in partner.places if place[0] in channels} != set(foundation.places):
+        return f"its channels, depths or times are not those of its foundation image {name}"
+    return ""
 
 
 def _units(accepted: list[Survey]) -> list[Unit]:

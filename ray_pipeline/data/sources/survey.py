@@ -36,7 +36,8 @@ _TOGETHER = 8  # images of one task
 @dataclass(frozen=True, slots=True)
 class Survey:
     """What is known of an image: `reason` when it is rejected, else its size and, of channels that become tiles,
-    (minimum, maximum). empty: constant channels. saturated: share of pixels at the top value of the detector."""
+    (minimum, maximum). empty: constant channels. places: of the planes chosen, see planes.Plane. saturated: share of
+    pixels at the top value of the detector."""
 
     image: SourceImage
     reason: str = ""
@@ -45,6 +46,7 @@ class Survey:
     width: int = 0
     limits: dict[int, tuple[float, float]] = field(default_factory=dict)
     empty: tuple[int, ...] = ()
+    places: tuple[tuple[int, int, int], ...] = ()
     saturated: float = 0.0
 
     def group(self, channel: int) -> Group:
@@ -134,6 +136,7 @@ def survey_image(
         survey = Survey(image, "", opened.dtype.name, height, width)
         limits: dict[int, tuple[float, float]] = {}
         counts: dict[Group, np.ndarray] = {}
+        places: list[tuple[int, int, int]] = []
         at_top = pixels = 0
         for plane in planes(opened, choice):
             lo, hi = float(plane.pixels.min()), float(plane.pixels.max())
@@ -141,6 +144,7 @@ def survey_image(
             limits[plane.channel] = min(lo, before[0]), max(hi, before[1])
             at_top += int((plane.pixels == hi).sum()) if lo < hi and hi in FULL_SCALES else 0
             pixels += plane.pixels.size
+            places.append(plane.place)
             if image.pair is None and is_narrow(survey.dtype):
                 add_counts(counts, {survey.group(plane.channel): count_values(plane.pixels)})
     except UserError as error:
@@ -150,7 +154,7 @@ def survey_image(
         return Survey(image, f"constant image, every pixel is {limits[empty[0]][0]:g}"), {}
     limits = {c: limit for c, limit in limits.items() if c not in empty}
     counts = {survey.group(c): counts[survey.group(c)] for c in limits if survey.group(c) in counts}
-    return replace(survey, limits=limits, empty=empty, saturated=at_top / pixels), counts
+    return replace(survey, limits=limits, empty=empty, places=tuple(places), saturated=at_top / pixels), counts
 
 
 def _count_chunk(
