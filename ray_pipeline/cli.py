@@ -93,7 +93,7 @@ def _encode(arguments) -> None:
     else:
         with ray_session(config.ray):
             pipeline.encode(config, prepared)
-        print(f"latents   {prepared.job.store}: {counts_in_words(prepared.tiles)}")
+        print(f"latents   {prepared.job.store}: {counts_in_words(pipeline.stored_tiles(prepared.job.store))}")
     print(f"next      ray-pipeline train --config {arguments.config}")
 
 

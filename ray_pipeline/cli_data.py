@@ -139,7 +139,10 @@ def _add_hints(add: Add) -> None:
         "ray-pipeline hints --config configs/demo.yaml --preview hints.png",
     )
     add_config(parser)
-    parser.add_argument("--preview", type=Path, metavar="PNG", help="picture to write: tiles with their hints")
+    parser.add_argument(
+        "--preview", type=Path, nargs="?", const=Path("hints.png"), metavar="PNG",
+        help="write a picture of tiles with their hints (default hints.png)",
+    )  # fmt: skip
     parser.add_argument("--names", nargs="+", default=[], metavar="HINT", help="hints to draw (default: all)")
     parser.add_argument("--tiles", type=int, default=6, help="tiles to draw, spread over the data (default 6)")
 

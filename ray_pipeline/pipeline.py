@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from ray_pipeline.data import encode as encoding
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
 from ray_pipeline.data.hint_preview import preview, with_hints
 from ray_pipeline.data.hint_registry import known_hints, resolve_hints
+from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import Listing, list_tiles
-from ray_pipeline.data.manifest import dataset_folders
+from ray_pipeline.data.manifest import SPLITS, dataset_folders
 from ray_pipeline.data.mixture import make_mixture, validation_rows
+from ray_pipeline.data.rejected import REJECTED_FILE
 from ray_pipeline.data.sources.simulate import simulate
 from ray_pipeline.data.verify import Comparison, compare_sample
 from ray_pipeline.errors import UserError
@@ -149,6 +152,15 @@ def encode(config: Config, prepared: Prepared) -> None:
         progress=advance,
     )
     progress.close("latent std " + " ".join(f"{value:.3f}" for value in stats.std))
+    left_out = LatentStore.open(prepared.job.store).index["rejected"]
+    if left_out:
+        listing = Folder(prepared.job.store).where(REJECTED_FILE)
+        warnings.warn(f"{left_out} tiles cannot be used and were left out, see {listing}", stacklevel=2)
+
+
+def stored_tiles(store: str) -> dict[str, int]:
+    """Tiles of each split of a finished latent store."""
+    return {split: len(LatentStore.open(Folder(store).child(split))) for split in SPLITS}
 
 
 def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Path:

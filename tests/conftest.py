@@ -128,6 +128,20 @@ def tiny_autoencoder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_kl(tmp_path_factory) -> Path:
+    """Folder of an untrained AutoencoderKL in diffusers format: one channel, 4 latent channels, width 8."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("tiny_kl")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoencoderKL(1, 1, **blocks, block_out_channels=(8,) * 4, norm_num_groups=4).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Torch as in the actors; two threads wait for each other where other processes are busy."""
@@ -181,6 +195,31 @@ def run_job(ray_cluster) -> Callable:
         listing = list_tiles(job)
         expected = fingerprint(job, listing, load_autoencoder(job.autoencoder, posterior=job.posterior))
         encode(job, listing, expected, actors=actors, gpus_per_actor=0, progress=progress)
+        return listing
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_job_here() -> Callable:
+    """EncodeJob of good tiles -> the listing that it encoded, with the job's actor in this process: no Ray."""
+    from ray_pipeline.data.encode import encode, fingerprint
+    from ray_pipeline.data.listing import list_tiles
+    from ray_pipeline.data.manifest import SPLITS
+    from ray_pipeline.data.shard_encoder import LISTED_TILES, ShardEncoder
+    from ray_pipeline.data.tile_table import write_tile_table
+    from ray_pipeline.models.autoencoder import load_autoencoder
+    from ray_pipeline.storage import Folder
+
+    def run(job):
+        listing = list_tiles(job)
+        expected = fingerprint(job, listing, load_autoencoder(job.autoencoder, posterior=job.posterior))
+        encoder = ShardEncoder(job, expected, use_gpu=False)
+        for split in SPLITS:
+            write_tile_table(Folder(job.store).child(split), LISTED_TILES, listing.rows[split], listing.datasets[split])
+            for number in range(-(-len(listing.rows[split]) // job.shard_rows)):
+                encoder({"split": np.array([split], dtype=object), "shard": np.array([number])})
+        encode(job, listing, expected, actors=1, gpus_per_actor=0, progress=lambda tiles: None)
         return listing
 
     return run

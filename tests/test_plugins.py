@@ -71,7 +71,7 @@ def test_code_that_does_not_load_is_told_with_its_package(install, code, target,
 
 def test_what_is_no_function_is_refused(install):
     install("offered_number", {HINTS: {"flat": "offered_number:flat"}}, "flat = 3")
-    with pytest.raises(UserError, match="offered_number:flat of package offered_number 1.2 is no function; correct it"):
+    with pytest.raises(UserError, match=r"offered_number:flat of package offered_number 1\.2 is no function; corr"):
         load_plugin(HINTS, "flat")
 
 
@@ -122,6 +122,7 @@ plates = "stripes:list_plates"
 """
 
 MODULE = """
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np

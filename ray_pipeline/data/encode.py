@@ -120,7 +120,7 @@ def encode(
     stored = stored.without(bad)
     for split in ("train", "val"):
         if not stored.rows[split]:
-            raise UserError(f"no tile of split {split} can be used; all are in {store.where(REJECTED_FILE)}, repair them")
+            raise UserError(f"no tile of split {split} can be used; repair those in {store.where(REJECTED_FILE)}")
     if job.sample_rows is not None:
         streamed = listing.without(bad)
         write_tile_table(store.child("train"), STREAMED_TILES, streamed.rows["train"], streamed.datasets["train"])

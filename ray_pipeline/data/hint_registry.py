@@ -71,7 +71,8 @@ def resolve_hints(given: Mapping[str, Mapping[str, Any]], wanted: Sequence[str])
             nearest = difflib.get_close_matches(name, known_hints(), n=1, cutoff=0.0)[0]
             if name in given:
                 raise UserError(f"unknown key data.hints.{name}; the nearest known key is data.hints.{nearest}")
-            raise UserError(f"unknown hint {name!r}, expected some of {', '.join(known_hints())}; nearest is {nearest!r}")
+            known = ", ".join(known_hints())
+            raise UserError(f"unknown hint {name!r}, expected some of {known}; the nearest is {nearest!r}")
     resolved = {name: _resolve(name, given.get(name, {})) for name in dict.fromkeys((*wanted, *given))}
     return {name: resolved[name] for name in wanted}
 

@@ -128,9 +128,8 @@ def to_unit(pixels: np.ndarray, lo: float, hi: float) -> np.ndarray:
     """Source intensities (any shape, any real dtype) -> float32 (pixels - lo) / (hi - lo) within [0, 1]."""
     if not hi > lo:
         raise ValueError(f"to_unit needs hi > lo, got lo {lo} and hi {hi}.")
-    # float32 holds every 16-bit integer exactly; wider types need float64 before lo is taken away.
-    work = np.float32 if pixels.dtype.itemsize <= 2 else np.float64
-    unit = np.subtract(pixels, lo, dtype=work)
+    # in float32 some values of a full 16-bit range would not come back to themselves
+    unit = np.subtract(pixels, lo, dtype=np.float64)
     unit *= 1.0 / (hi - lo)
     return np.clip(unit, 0.0, 1.0, out=unit).astype(np.float32, copy=False)
 

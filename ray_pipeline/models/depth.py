@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -41,21 +42,32 @@ class DepthModel:
         return digest.hexdigest()
 
 
-@cache
+#: transformers builds a network under hooks that hold for the whole process, and two threads make the hints
+_LOADING = threading.Lock()
+
+
 def load_depth_model(name: str) -> DepthModel:
     """A model of a local folder or a hub id, loaded once a process.
 
     UserError: transformers is not installed, or there is no depth-estimation model of that name with safetensors
     weights.
     """
+    with _LOADING:
+        return _load(name)
+
+
+@cache
+def _load(name: str) -> DepthModel:
     try:
-        from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+        from transformers import AutoImageProcessor, AutoModelForDepthEstimation, logging
     except ImportError as error:
         raise UserError(
             f"data.hints.depth.model={name} needs transformers; install it with pip install 'ray-pipeline[depth]'"
         ) from error
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise UserError(f"data.hints.depth.model={name}: no such folder; correct the path or give a hub id")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         processor = AutoImageProcessor.from_pretrained(name)
         network = AutoModelForDepthEstimation.from_pretrained(name, use_safetensors=True)

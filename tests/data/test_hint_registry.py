@@ -53,7 +53,7 @@ def test_what_is_given_takes_the_place_of_defaults_and_only_wanted_hints_come_ba
         ),
         (
             {"super_resolution": {"scale": [4]}},
-            "unknown key data.hints.super_resolution.scale; the nearest known key is data.hints.super_resolution.scales",
+            "unknown key data.hints.super_resolution.scale; the nearest known key is data.hints.super_resolution.scale",
         ),
         ({"canny": {"sigma": "wide"}}, "data.hints.canny.sigma: input should be a valid number"),
         ({"canny": {"sigma": -1}}, "data.hints.canny.sigma: input should be greater than or equal to 0, found -1"),
@@ -84,7 +84,7 @@ def test_every_wrong_key_of_a_hint_is_told_at_once():
 
 def test_a_hint_that_is_wanted_and_not_known_is_told_with_the_known_ones():
     assert refusal({}, ["cany"]) == (
-        "unknown hint 'cany', expected some of super_resolution, denoising, canny, depth; nearest is 'canny'"
+        "unknown hint 'cany', expected some of super_resolution, denoising, canny, depth; the nearest is 'canny'"
     )
 
 
@@ -182,7 +182,7 @@ def test_a_function_that_is_no_hint_is_refused_by_its_name(offered, function):
     [
         (np.zeros((3, 4)), r"has shape \(3, 4\)"),
         (np.full((8, 8), 1.5), r"has shape \(8, 8\) and values from 1\.5 to 1\.5, expected \(8, 8\) within -1 to 1"),
-        (np.full((8, 8), np.nan), "values from nan to nan"),
+        (np.full((8, 8), np.nan), r"has shape \(8, 8\) and values from nan to nan"),
     ],
 )
 def test_a_hint_that_returns_another_image_than_it_must_is_named(offered, made, said):

@@ -8,6 +8,8 @@ import pytest
 
 from ray_pipeline.data.manifest import (
     COLUMNS,
+    ManifestWriter,
+    bad_tiles,
     check_tiles,
     dataset_folders,
     load_manifest,
@@ -174,13 +176,27 @@ def test_an_unknown_split_is_refused(tmp_path):
 def test_missing_empty_and_wrongly_sized_tiles_are_counted_and_named(tmp_path):
     folder = make_dataset(tmp_path, count=9)
     manifest = load_manifest(folder)
-    with pytest.raises(UserError, match=r"9 of 9 tiles have another height than 32.*--tile-size 32"):
+    assert bad_tiles(manifest, 16) == {}
+    with pytest.raises(
+        UserError, match=r"9 of 9 tiles cannot.*0\.png: its height is 16 pixels, expected 32; .*prepare"
+    ):
         check_tiles(manifest, 32)
     for i in range(7):
         (folder / "images" / f"{i}.png").unlink()
     (folder / "images" / "8.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"8 of 9 tiles are missing or empty \(.*0\.png.*4\.png, \.\.\.\)"):
+    assert bad_tiles(manifest) == dict.fromkeys(range(7), "no such file") | {8: "the file is empty"}
+    with pytest.raises(
+        UserError, match=r"8 of 9 tiles cannot be used \(.*0\.png: no such file; .*4\.png: .*; \.\.\.\)"
+    ):
         check_tiles(manifest)
+
+
+def test_a_tile_without_a_size_in_the_manifest_may_have_any(tmp_path):
+    folder = tmp_path / "foundation" / "old"
+    for name in ("a", "b"):
+        write_tile(folder / f"{name}.png", np.zeros((16, 16)))
+    manifest = load_manifest(write_csv(folder, "id,image,height,width\na,a.png,,\nb,b.png,16,8\n"))
+    assert bad_tiles(manifest, 16) == {1: "its width is 8 pixels, expected 16"}
 
 
 def test_pairs_name_their_foundation_tile(tmp_path):
@@ -190,12 +206,42 @@ def test_pairs_name_their_foundation_tile(tmp_path):
     pairs = load_pairs(tmp_path, "cells")
     assert pairs["pair_id"].tolist() == load_manifest(tmp_path).table["id"].tolist()
     csv = folder / "manifests" / "manifest.csv"
-    csv.write_text("id,image,pair_id\na,a.png,\n")
+    csv.write_text("id,image,pair_id\na,a.png,f0\nb,b.png,\n")
     with pytest.raises(UserError, match=r"degraded/cells/manifests/manifest\.csv: found rows without pair_id"):
         load_pairs(tmp_path, "cells")
     csv.write_text("id,image,pair_id\na,../a.png,f0\n")
     with pytest.raises(UserError, match=r"found image path \.\./a\.png"):
         load_pairs(tmp_path, "cells")
+
+
+def test_pairs_of_a_manifest_without_that_column_are_those_of_equal_id(tmp_path):
+    write_csv(tmp_path / "degraded" / "old", "id,image\nf0,a.png\nf3,b.png\n")
+    assert load_pairs(tmp_path, "old")["pair_id"].tolist() == ["f0", "f3"]
+
+
+def test_rows_written_one_by_one_are_the_tables_that_load(tmp_path):
+    folder = tmp_path / "foundation" / "cells"
+    writer = ManifestWriter(folder)
+    rows = [{"id": f"t{i}", "image": f"images/{i}.png", "norm_lo": 0.1, "x0": 5, "um_pixel": None} for i in range(6)]
+    for i, row in enumerate(rows):
+        writer.write(row | ({"saturated": 0.5} if i == 0 else {}), ("train", "val", "train")[i % 3])
+    writer.close()
+    text = (folder / "manifests" / "manifest.csv").read_text().splitlines()
+    assert text[0] == ",".join((*COLUMNS, "saturated"))
+    assert text[1] == "t0,images/0.png,,,,0.1,,5,,,,,,,,,,,,,,,,0.5"
+    assert load_manifest(tmp_path).table["id"].tolist() == [row["id"] for row in rows]
+    assert load_manifest(tmp_path, "val").table["id"].tolist() == ["t1", "t4"]
+    assert (folder / "manifests" / "test.csv").read_text().splitlines() == text[:1]
+    assert load_manifest(tmp_path).table["x0"].tolist() == [5] * 6
+
+
+def test_rows_written_one_by_one_do_not_mix_with_an_old_table_or_unknown_columns(tmp_path):
+    writer = ManifestWriter(tmp_path)
+    with pytest.raises(ValueError, match="plate"):
+        writer.write({"id": "a", "image": "a.png", "plate": "P1"}, "train")
+    writer.close()
+    with pytest.raises(FileExistsError):
+        ManifestWriter(tmp_path)
 
 
 def test_dataset_folders_are_those_with_manifests(tmp_path):

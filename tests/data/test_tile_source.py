@@ -9,20 +9,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from ray_pipeline.config import Config, parse_config
-from ray_pipeline.data.encode import encode, fingerprint
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
 from ray_pipeline.data.latents import LatentStore
-from ray_pipeline.data.listing import list_tiles
 from ray_pipeline.data.manifest import load_manifest, write_manifests
 from ray_pipeline.data.mixture import make_mixture
 from ray_pipeline.data.stream import StreamSettings, stream
 from ray_pipeline.data.tile_source import TileSource
 from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.sections import PAIRED_TYPES
 
 HINTS = ("super_resolution", "denoising", "canny")
@@ -30,13 +26,8 @@ VARIANTS = 5
 ANOTHER, SIMULATED = 6, 24  # training tiles of the two data sets
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """`gather` sets it, as it is called in actors; put back for the tests of other files."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# `gather` sets it, as it is called in actors; put back for the tests of other files
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +59,7 @@ def config(root, tiny_autoencoder) -> Config:
         {
             "data": {"root": str(root), "tile_size": 64, "augment_variants": VARIANTS, "shard_rows": 11},
             "model": {"architecture": "DiT-S/8", "latent_size": 8},
-            "vae": {"pretrained": str(tiny_autoencoder)},
+            "vae": {"pretrained": str(tiny_autoencoder), "batch_size": 4},
             "train": {"global_batch": 8, "batch_size": 4},
             "phases": [{"name": "one", "epochs": 1, "condition_types": HINTS, "datasets": choices}],
         }
@@ -82,11 +73,9 @@ def job(config) -> EncodeJob:
 
 
 @pytest.fixture(scope="module")
-def store(ray_cluster, job) -> LatentStore:
+def store(run_job_here, job) -> LatentStore:
     """The encoded training tiles."""
-    listing = list_tiles(job)
-    expected = fingerprint(job, listing, load_autoencoder(job.autoencoder))
-    encode(job, listing, expected, actors=1, gpus_per_actor=0, progress=lambda tiles: None)
+    run_job_here(job)
     return LatentStore.open(job.store)
 
 
@@ -189,7 +178,7 @@ def test_nothing_but_what_is_asked_for_passes_the_autoencoder(job, table):
         for flag in (False, True):
             passed.clear()
             source.gather(rows, [0] * 6, hints, [flag] * 6)
-            assert sum(passed) == 6 * each
+            assert passed == [4] * -(-6 * each // 4)  # the last batch is filled up
 
 
 def test_a_data_root_that_is_moved_gives_the_same_bits(job, source, table, tmp_path):
@@ -205,8 +194,11 @@ def test_a_tile_that_is_gone_or_damaged_is_named_when_it_is_read(job, table, tmp
     gone.unlink()
     torn.write_bytes(torn.read_bytes()[:-20])
     source = TileSource(moved, table)
-    for row, path, said in ((9, gone, "no such image file"), (13, torn, "truncated PNG")):
-        with pytest.raises(UserError, match=rf"^{path}: .*{said}"):
+    for row, path, said in ((9, gone, "no such image file"), (13, torn, "found a truncated PNG")):
+        path = path.relative_to(moved.root)
+        with pytest.raises(
+            UserError, match=rf"^1 of 3 tiles of a batch cannot be used \({path}: {said}.*data\.mode=lat"
+        ):
             source.gather([8, row, 10], [0, 0, 0], (), [False] * 3)
     source.gather([8, 10], [0, 0], (), [False] * 2)
 
@@ -234,3 +226,16 @@ def test_streamed_tiles_come_in_the_order_of_the_plan_and_a_step_has_its_own_bit
         check_same_but_for_rounding(latents, store.gather(*arguments))
         assert same_bits(latents, source.gather(*arguments))
     assert kinds == {(True, False), (True, True), (False, False)}
+
+
+def test_a_sampled_posterior_comes_with_its_std_as_from_a_store(job_for, tiny_data, tiny_kl, run_job_here, tmp_path):
+    changes = {"autoencoder": str(tiny_kl), "posterior": "sample", "variants": 2, "store": tmp_path / "latents"}
+    job = job_for(tiny_data, "canny", **changes)
+    run_job_here(job)
+    store = LatentStore.open(job.store)
+    source = TileSource(job, TileTable(store.folder, "tiles.arrow"))
+    arguments = ([3, 20, 7], [0, 1, 1], ("canny",), [False] * 3)
+    found, expected = source.gather(*arguments), store.gather(*arguments)
+    assert list(found) == list(expected) == ["latent", "std", "hint.canny"]
+    for name, latents in expected.items():
+        np.testing.assert_allclose(found[name].astype(float), latents.astype(float), rtol=2**-9, atol=1e-4)

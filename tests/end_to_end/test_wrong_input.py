@@ -73,7 +73,7 @@ def spoil_output(data: Path, autoencoder: Path) -> list[str]:
     [
         (spoil_key, ["optimizer.learning_rate", "nearest known key is optimizer.lr"]),
         (spoil_manifest, ["data.root", "prepare"]),
-        (spoil_image_missing, ["missing", ".png"]),
+        (spoil_image_missing, ["no such file", ".png", "data.max_rejected"]),
         (spoil_image_unreadable, [".png"]),
         (spoil_partner_missing, ["partner", ".png", "missing"]),
         (spoil_autoencoder_folder, ["vae.pretrained", "config.json"]),

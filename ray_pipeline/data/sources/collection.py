@@ -19,9 +19,10 @@ class SourceImage:
 
     name: path below the collection's root, with '/'. kind: cell, stain or instrument within the data set; images of
     one data set, kind and channel are normalised together. group: images of one group (field, well, slide) share a
-    split. split: train, val or test where the release publishes it, else None. channel: channel_idx of the file's
-    first channel. A degraded partner has `pair`, the name of its foundation image, and its `task`; it is `scale` times
-    smaller than that image (None: as the sizes tell), and the mean of `averages` captures (None: not known).
+    split; without one, an image stands for itself. split: train, val or test where the release publishes it, else
+    None. channel: channel_idx of the file's first channel. A degraded partner has `pair`, the name of its
+    foundation image, and its `task`; it is `scale` times smaller than that image (None: as the sizes tell), and the
+    mean of `averages` captures (None: not known).
     """
 
     name: str

@@ -55,10 +55,11 @@ class Cut:
 
 def partner_scale(foundation: Survey, partner: Survey) -> int:
     """How many times smaller the partner is; 0 where its size does not fit, or is not the one it was listed with."""
-    scale = foundation.height // partner.height
-    fits = scale >= 1 and (foundation.height // scale, foundation.width // scale) == (partner.height, partner.width)
-    listed = partner.image.scale
-    return scale if fits and listed in (None, scale) else 0
+    scale = round(foundation.height / partner.height)
+    sides = ((foundation.height, partner.height), (foundation.width, partner.width))
+    # a remainder is cut off by some programs, and makes a pixel more in others
+    fits = scale >= 1 and all(small in (large // scale, -(-large // scale)) for large, small in sides)
+    return scale if fits and partner.image.scale in (None, scale) else 0
 
 
 def cut_unit(root: Path, out: Path, cutting: Cutting, intensities: Intensities, unit: Unit) -> Cut:
@@ -173,7 +174,8 @@ class _Writer:
     def _fitted(self, pixels: np.ndarray, scale: int) -> tuple[float, float]:
         """The range in the partner's units: its line over the foundation's pixels, by least squares."""
         clean = area_mean(self.plane.pixels, scale)
-        slope, offset = np.polyfit(clean.ravel(), pixels.ravel().astype(np.float64), 1)
+        seen = pixels[: clean.shape[0], : clean.shape[1]].astype(np.float64)
+        slope, offset = np.polyfit(clean.ravel(), seen.ravel(), 1)
         lo, hi = self.range
         return float(offset + slope * lo), float(offset + slope * hi)
 

@@ -74,10 +74,9 @@ def _indices(image: MicroscopeImage, axis: str, chosen: Chosen | None) -> tuple[
         return (0,)
     if chosen == "all":
         return tuple(range(size))
-    inside = tuple(index for index in chosen if index < size)
-    if not inside:
+    beyond = [index for index in chosen if index >= size]
+    if beyond:
         raise UserError(
-            f"{image.path}: found {size} along {axis}, none of those asked for ({' '.join(map(str, chosen))}); correct "
-            f"{option}"
+            f"{image.path}: found {size} along {axis}, expected also number {beyond[0]} (from 0); correct {option}"
         )
-    return inside
+    return tuple(chosen)

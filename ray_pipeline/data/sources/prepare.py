@@ -83,7 +83,7 @@ def prepare(collection: Collection, out: Path, settings: Settings, report: Repor
     surveys, counts = survey_images(
         root, images, settings.cutting.tile_size, choice, lambda done: report("looking", done, len(images))
     )
-    surveys = _with_pairs_checked(surveys, settings.cutting.tile_size)
+    surveys = _with_pairs_checked(surveys, settings.cutting)
     rejected = [Rejected("", name, reason) for name, reason in collection.rejected]
     rejected += [Rejected("", survey.image.name, survey.reason) for survey in surveys if survey.reason]
     accepted = [survey for survey in surveys if not survey.reason]
@@ -172,18 +172,18 @@ class _Writers:
         done.left_out += len(made.left_out)
 
 
-def _with_pairs_checked(surveys: list[Survey], tile_size: int) -> list[Survey]:
+def _with_pairs_checked(surveys: list[Survey], cutting: Cutting) -> list[Survey]:
     """Partners that do not fit their foundation image get the reason why."""
     foundation = {survey.image.name: survey for survey in surveys if survey.image.pair is None}
     return [
         survey
         if survey.image.pair is None or survey.reason
-        else replace(survey, reason=_misfit(foundation.get(survey.image.pair), survey, tile_size))
+        else replace(survey, reason=_misfit(foundation.get(survey.image.pair), survey, cutting))
         for survey in surveys
     ]
 
 
-def _misfit(foundation: Survey | None, partner: Survey, tile_size: int) -> str:
+def _misfit(foundation: Survey | None, partner: Survey, cutting: Cutting) -> str:
     name = partner.image.pair
     if foundation is None or foundation.reason:
         return f"its foundation image {name} is {'rejected' if foundation else 'not there'}"
@@ -193,8 +193,13 @@ def _misfit(foundation: Survey | None, partner: Survey, tile_size: int) -> str:
             f"{partner.height} x {partner.width} pixels do not fit those of its foundation image {name}, "
             f"{foundation.height} x {foundation.width}"
         )
-    if tile_size % scale:
-        return f"tiles of {tile_size} pixels do not divide by its scale, {scale}; choose another --tile-size"
+    if not cutting.fit_partners and partner.dtype != foundation.dtype:
+        return (
+            f"{partner.dtype} pixels cannot be on the scale of its foundation image {name}, {foundation.dtype}; pass "
+            "--partner-intensity fit"
+        )
+    if cutting.tile_size % scale:
+        return f"tiles of {cutting.tile_size} pixels do not divide by its scale, {scale}; choose another --tile-size"
     channels = {channel for channel, *_ in foundation.places}
     if {place for place in partner.places if place[0] in channels} != set(foundation.places):
         return f"its channels, depths or times are not those of its foundation image {name}"

@@ -16,15 +16,19 @@ Counts = Counter[tuple[str, str, str, str, str]]
 def split_images(images: Iterable[SourceImage], val_fraction: float, test_fraction: float, seed: int) -> dict[str, str]:
     """Foundation images -> {name: train | val | test}: as published, the others by rank of sha256(seed, group).
 
+    An image without a group is one of its own; one of a group with a published split goes with it.
     Of n groups of a data set without a published split round(fraction * n) each, at least one where the fraction is
     above 0 and n >= 2 (test: n >= 3); a single group trains. UserError when none is left for training.
     """
+    images = list(images)
     split_of, open_groups = {}, defaultdict(lambda: defaultdict(list))
+    published = {(image.dataset, image.group): image.split for image in images if image.split and image.group}
     for image in images:
-        if image.split is None:
-            open_groups[image.dataset][image.group].append(image.name)
+        split = image.split or published.get((image.dataset, image.group))
+        if split is None:
+            open_groups[image.dataset][image.group or image.name].append(image.name)
         else:
-            split_of[image.name] = image.split
+            split_of[image.name] = split
     for dataset, groups in open_groups.items():
         n = len(groups)
         val = max(round(val_fraction * n), 1) if val_fraction > 0 and n >= 2 else 0

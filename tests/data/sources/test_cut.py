@@ -44,6 +44,8 @@ def surveyed(height, width, scale=None, pair=None):
         ((128, 96), (64, 48), None, 2),
         ((131, 99), (32, 24), None, 4),
         ((135, 97), (16, 12), 8, 8),
+        ((101, 75), (51, 38), None, 2),  # rounded up, as some programs do
+        ((101, 75), (52, 38), None, 0),
         ((128, 96), (128, 96), 1, 1),
         ((128, 96), (32, 48), None, 0),
         ((128, 96), (32, 24), 2, 0),
@@ -143,7 +145,7 @@ def test_partners_without_a_fit_keep_the_scale_of_their_image(prepare_folder, re
     prepare_folder(root, tmp_path / "out", partners=[("denoising", "noisy/(.*)", r"clean/\1")])
     (tile,), (high,) = read_tiles(tmp_path / "out", "degraded").values(), read_tiles(tmp_path / "out").values()
     assert [tile.row[key] for key in ("norm_lo", "norm_hi")] == [high.row[key] for key in ("norm_lo", "norm_hi")]
-    np.testing.assert_array_equal(tile.pixels, clean // 2)
+    np.testing.assert_array_equal(tile.pixels, np.maximum(clean // 2, clean.min()))
 
 
 def test_a_partner_that_runs_against_its_image_is_left_out_by_name(prepare_folder, cells, pair, tmp_path):
@@ -154,7 +156,7 @@ def test_a_partner_that_runs_against_its_image_is_left_out_by_name(prepare_folde
     assert not (tmp_path / "out" / "degraded").exists()
     with (done.folders["cells"] / "rejected.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
-    assert (row["path"], row["reason"][:40]) == ("noisy/a.tif", "it gets darker where clean/a.tif gets br")
+    assert (row["path"], row["reason"][:32]) == ("noisy/a.tif", "it gets darker where clean/a.tif")
 
 
 def test_tiles_overlap_as_asked_and_end_at_the_border(prepare_folder, read_tiles, cells, pair, tmp_path):

@@ -237,7 +237,7 @@ def test_tiles_of_a_killed_run_do_not_come_back(tmp_path, source, prepare_folder
         ({"val_fraction": 1.0}, "--val-fraction"),
         ({"val_fraction": 0.5, "test_fraction": 0.4, "group": "good"}, "nothing in grey"),
         ({"max_rejected": -1}, "--max-rejected -1"),
-        ({"channels": (7,)}, "none of those asked for .7.; correct --channels"),
+        ({"channels": (7,)}, "expected also number 7 .from 0.; correct --channels"),
         ({"tile_size": 65, "max_rejected": 99}, "smaller than a tile of 65"),
         ({"min_content": 1.0}, "none of its tiles can be used.*lower --min-content"),
     ],
@@ -255,7 +255,7 @@ def test_wrong_settings_are_refused_and_write_no_tile(tmp_path, source, prepare_
         prepare_folder(root, out, **({"dataset": "new"} | change))
     assert (mine / "notes.txt").read_text() == "keep"
     assert not list(tmp_path.rglob(".prepare*"))
-    assert not [path for path in tmp_path.rglob("*y0*_x0*")]
+    assert not list(tmp_path.rglob("*y0*_x0*"))
 
 
 def test_the_first_data_set_stays_out_when_another_of_the_release_fails(tmp_path, ray_cluster, cells):
@@ -269,3 +269,16 @@ def test_the_first_data_set_stays_out_when_another_of_the_release_fails(tmp_path
     with pytest.raises(UserError, match=re.escape("second: none of its tiles can be used")):
         prepare(Collection(tmp_path, images), tmp_path.with_name(tmp_path.name + "_out"), settings)
     assert not list(tmp_path.with_name(tmp_path.name + "_out").rglob("*"))
+
+
+def test_a_partner_of_another_type_needs_a_fit(tmp_path, prepare_folder, read_tiles, cells):
+    clean = cells((64, 64), "uint16", 4000)
+    for name, pixels in (("clean", clean), ("noisy", (clean // 257).astype(np.uint8))):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        tifffile.imwrite(tmp_path / "in" / name / "a.tif", pixels)
+    rules = [("denoising", "noisy/(.*)", r"clean/\1")]
+    with pytest.raises(UserError, match=r"uint8 pixels cannot be on the scale.*uint16; pass --partner-intensity fit"):
+        prepare_folder(tmp_path / "in", tmp_path / "out", partners=rules)
+    prepare_folder(tmp_path / "in", tmp_path / "fitted", partners=rules, fit_partners=True)
+    clean, noisy = (read_tiles(tmp_path / "fitted", kind) for kind in ("foundation", "degraded"))
+    assert len(noisy) == len(clean) == 4
