@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ray_pipeline.cli_data import add_config, add_data_commands, ascii_text, counts_in_words
+from ray_pipeline.cli_data import add_data_commands
+from ray_pipeline.cli_words import add_config, ascii_text, counts_in_words
 from ray_pipeline.errors import UserError
 
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from ray_pipeline.config import Config, load_config
 from ray_pipeline.data import encode as encoding
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
 from ray_pipeline.data.hint_preview import preview, with_hints
-from ray_pipeline.data.hint_registry import known_hints, resolve_hints
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import Listing, list_tiles
 from ray_pipeline.data.manifest import SPLITS, dataset_folders
@@ -97,11 +95,6 @@ def look(config: Config, *, overwrite: bool = False) -> Prepared:
     fingerprint = encoding.fingerprint(job, listing, autoencoder)
     stored = False if overwrite else encoding.check_store(job, fingerprint)
     return Prepared(job=job, listing=listing, fingerprint=fingerprint, stored=stored)
-
-
-def hint_settings(config: Config) -> dict[str, dict[str, Any]]:
-    """Every known hint with all its parameters, as data.hints and the defaults give them."""
-    return resolve_hints(config.data.hints, known_hints())
 
 
 def preview_hints(config: Config, names: Sequence[str], count: int, path: Path) -> None:

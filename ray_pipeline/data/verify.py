@@ -11,7 +11,6 @@ from ray_pipeline.data.encode_job import EncodeJob
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.manifest import SPLITS
 from ray_pipeline.data.rejected import in_words
-from ray_pipeline.data.shards import REMEDY
 from ray_pipeline.data.tile_encoder import TileEncoder
 from ray_pipeline.data.tile_reader import Request
 from ray_pipeline.data.tile_table import TileTable
@@ -45,7 +44,8 @@ def compare_sample(job: EncodeJob, use_gpu: bool = False) -> Comparison:
             made, bad = encoder.encode([Request(tile, range(job.variants), job.columns) for tile in tiles])
             if bad:
                 raise UserError(
-                    f"{job.store}: tiles have become bad since they were encoded ({in_words([*bad.values()])})"
+                    f"{job.store}: tiles have become bad since they were encoded ({in_words([*bad.values()])}); "
+                    "restore them, or remove the store and encode again"
                 )
             stored = store.records(rows).astype(np.float32)
             apart = np.abs(stored - made.astype(np.float32)) / store.stats.std[:, None, None]
@@ -53,7 +53,8 @@ def compare_sample(job: EncodeJob, use_gpu: bool = False) -> Comparison:
             if not apart[worst] <= TOLERANCE:
                 raise UserError(
                     f"{store.folder}: {job.columns[worst[2]]} of {tiles[worst[0]].id} differs from what is stored by "
-                    f"{apart[worst]:.3g} of the latents' std, expected at most {TOLERANCE}; {REMEDY}"
+                    f"{apart[worst]:.3g} of the latents' std, expected at most {TOLERANCE}; remove "
+                    f"{job.store} and run `ray-pipeline encode`, since --overwrite keeps what is whole by its hash"
                 )
             largest, count = max(largest, float(apart[worst])), count + len(rows)
     return Comparison(count, largest)

@@ -82,9 +82,9 @@ def test_pixels_that_changed_since_are_found(copied, copy_of_data):
     path = sorted((copy_of_data / "foundation/simulated/images").glob("*.png"))
     for image in path:
         write_tile(image, 1 - (read_tile(image) + 1) / 2)
-    with pytest.raises(UserError, match=r"latent of simulated/.* differs"):
+    with pytest.raises(UserError, match=r"of simulated/.* differs from what is stored .*; remove .*"):
         compare_sample(job)
     for image in path:
         image.write_bytes(b"")
-    with pytest.raises(UserError, match="tiles have become bad since they were encoded .*empty file"):
+    with pytest.raises(UserError, match=r"tiles have become bad since they were encoded .*empty file.*; restore"):
         compare_sample(job)

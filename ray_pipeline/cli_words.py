@@ -1,0 +1,28 @@
+"""What the commands share: the words --config and --set, counts and ASCII."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+#: adds a sub-command: its name, what runs it, words, and an example
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add --config and --set."""
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, such as configs/microscopy.yaml")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="set one key of the config"
+    )
+
+
+def ascii_text(text: str) -> str:
+    """Text as ASCII; other letters become escapes."""
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """train 10, val 2"""
+    return ", ".join(f"{split} {count}" for split, count in counts.items())
