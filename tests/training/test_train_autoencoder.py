@@ -148,7 +148,7 @@ def test_missing_training_tiles_are_noticed(tmp_path):
 def test_a_lost_validation_tile_is_noticed_before_training(tmp_path):
     source = make_dataset(tmp_path, "cells")
     (source / "images" / "5.png").unlink()
-    refused([source], tmp_path / "vae", r"1 of 1 tiles are missing or empty.*5\.png")
+    refused([source], tmp_path / "vae", r"1 of 1 tiles cannot be used.*5\.png")
 
 
 def test_tiles_smaller_than_a_crop_are_noticed_before_training(tmp_path):
