@@ -199,5 +199,6 @@ def _is_empty(csv: Path) -> bool:
     """True for a manifest that has its header and no tile: a data set may lack a split that others have."""
     if not csv.is_file():
         return False
-    with csv.open(encoding="utf-8", errors="replace") as lines:
-        return len([line for line in itertools.islice(lines, 2) if line.strip()]) == 1
+    with csv.open(encoding="utf-8", errors="replace") as text:
+        lines = [line for line in itertools.islice(text, 2) if line.strip()]
+    return len(lines) == 1 and {"id", "image"} <= set(lines[0].strip().split(","))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from ray_pipeline.data.rejected import REJECTED_FILE, Rejected, in_words, reject
 from ray_pipeline.data.sources.collection import Collection
 from ray_pipeline.data.sources.cut import Cutting, Unit, cut_unit, partner_scale
 from ray_pipeline.data.sources.splits import Counts, count_images, degree, split_images
+from ray_pipeline.data.sources.staging import check_target, put_in_place, staging_folder
 from ray_pipeline.data.sources.survey import (
     SATURATED_SHARE,
     Survey,
@@ -24,7 +24,7 @@ from ray_pipeline.data.sources.survey import (
     ranges_of_surveys,
     survey_images,
 )
-from ray_pipeline.data.sources.tiling import LONGEST_STEM, safe_name, tile_stems
+from ray_pipeline.data.sources.tiling import tile_stems
 from ray_pipeline.errors import UserError
 from ray_pipeline.storage import replace_file
 
@@ -77,7 +77,7 @@ def prepare(collection: Collection, out: Path, settings: Settings, report: Repor
     check_settings(settings)
     targets = {dataset: out / "foundation" / dataset for dataset in sorted({image.dataset for image in images})}
     for dataset, target in targets.items():
-        _check_target(collection.root, target, dataset, settings.overwrite)
+        check_target(collection.root, target, dataset, settings.overwrite)
     choice = settings.cutting.choice
     report("looking", 0, len(images))
     surveys, counts = survey_images(
@@ -103,8 +103,7 @@ def prepare(collection: Collection, out: Path, settings: Settings, report: Repor
         dim=[survey.image.name for survey in foundation if is_dim(survey, intensities.ranges)],
         saturated=[survey.image.name for survey in foundation if survey.saturated >= SATURATED_SHARE],
     )
-    staging = out / f".prepare-{'-'.join(targets)[:LONGEST_STEM]}"
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = staging_folder(out)
     units = _units(accepted)
     cut = partial(cut_unit, root, staging.absolute(), settings.cutting, intensities)
     writers = _Writers(staging)
@@ -117,7 +116,9 @@ def prepare(collection: Collection, out: Path, settings: Settings, report: Repor
                 report("writing tiles", number, len(units))
         _list_left_out(staging, accepted, done, writers.left_out, kept)
         for dataset in sorted(kept):
-            _replace(out, staging, dataset)
+            # another job may have made it meanwhile
+            check_target(collection.root, targets[dataset], dataset, settings.overwrite)
+            put_in_place(out, staging, dataset)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return done
@@ -239,29 +240,6 @@ def _list_left_out(
         replace_file(staging / "foundation" / dataset / REJECTED_FILE, rejected_csv(rows))
 
 
-def _check_target(source: Path, target: Path, dataset: str, overwrite: bool) -> None:
-    if not dataset or safe_name(dataset) != dataset:
-        raise UserError(
-            f"--dataset {dataset!r}: expected ASCII letters, digits, '.', '_' or '-', the first no '.'; change it."
-        )
-    inside, outside = source.resolve(), target.resolve()
-    if outside.is_relative_to(inside) or inside.is_relative_to(outside):
-        raise UserError(
-            f"{target}: the result and the source {source} lie in each other, expected separate folders; choose "
-            "another --out."
-        )
-    found = {path.name for path in target.iterdir()} if target.exists() else set()
-    if "manifests" in found and not overwrite:
-        raise UserError(
-            f"{target}: found a prepared data set, expected none of that name; pass --overwrite or another --dataset."
-        )
-    if found - {REJECTED_FILE} and "manifests" not in found:
-        raise UserError(
-            f"{target}: found a folder that is no prepared data set ({', '.join(sorted(found)[:5])}), expected "
-            "none; move it away or pass another --dataset."
-        )
-
-
 def _refuse(collection: Collection, out: Path, rejected: list[Rejected], accepted: int, max_rejected: int) -> None:
     if accepted + len(rejected) == 0:
         raise UserError(f"{collection.root}: found no image, expected TIFF, PNG, NumPy or OME-Zarr; correct the path.")
@@ -278,19 +256,3 @@ def _refuse(collection: Collection, out: Path, rejected: list[Rejected], accepte
         f"{max_rejected} and one good image ({in_words(rejected)}; all in {listing}); repair them, choose a smaller "
         f"--tile-size or pass --max-rejected {len(rejected)}."
     )
-
-
-def _replace(out: Path, staging: Path, dataset: str) -> None:
-    """Put a finished data set in the place of an old one; a kill in between leaves no foundation, but no wrong pair."""
-    targets = {kind: out / kind / dataset for kind in ("foundation", "degraded")}
-    for target in targets.values():
-        old = target.with_name(f".{dataset}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-    for kind in ("degraded", "foundation"):
-        made = staging / kind / dataset
-        if made.exists():
-            targets[kind].parent.mkdir(parents=True, exist_ok=True)
-            os.replace(made, targets[kind])
-        shutil.rmtree(targets[kind].with_name(f".{dataset}.old"), ignore_errors=True)

@@ -3,6 +3,9 @@
 import csv
 import re
 import shutil
+import socket
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -13,6 +16,7 @@ from ray_pipeline.data.manifest import load_manifest
 from ray_pipeline.data.sources.collection import Collection, SourceImage
 from ray_pipeline.data.sources.cut import Cutting
 from ray_pipeline.data.sources.prepare import Settings, prepare
+from ray_pipeline.data.sources.tiling import safe_name
 from ray_pipeline.errors import UserError
 
 
@@ -213,11 +217,26 @@ def test_overwriting_replaces_images_and_partners_and_leaves_no_old_tile(tmp_pat
 
 
 def test_tiles_of_a_killed_run_do_not_come_back(tmp_path, source, prepare_folder, tree):
-    left = tmp_path / "out" / ".prepare-cells" / "foundation" / "cells" / "images" / "old.png"
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    name = f".prepare-{safe_name(socket.gethostname())}-{ended.stdout.strip()}"
+    left = tmp_path / "out" / name / "foundation" / "cells" / "images" / "old.png"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half a tile")
     prepare_folder(source, tmp_path / "out")
     assert not any("old" in name or ".prepare" in name for name in tree(tmp_path / "out"))
+
+
+def test_a_data_set_that_another_job_made_meanwhile_is_not_replaced(tmp_path, source, prepare_folder):
+    other = tmp_path / "out" / "foundation" / "cells" / "manifests" / "manifest.csv"
+
+    def report(stage, done, total):
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("of another job")
+
+    with pytest.raises(UserError, match="found a prepared data set"):
+        prepare_folder(source, tmp_path / "out", report=report)
+    assert other.read_text() == "of another job"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["foundation"]
 
 
 @pytest.mark.parametrize(
