@@ -64,7 +64,7 @@ def test_the_picture_has_a_row_a_tile_and_a_column_a_hint(config, tmp_path, name
 
 
 def test_settings_of_every_hint_are_told_with_those_of_the_yaml(config):
-    settings = pipeline.hint_settings(config)
+    settings = resolve_hints(config.data.hints, known_hints())
     assert tuple(settings) == CONDITION_TYPES
     assert settings["canny"]["sigma"] == 2
 
