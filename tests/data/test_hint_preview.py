@@ -9,7 +9,7 @@ from PIL import Image
 from ray_pipeline import pipeline
 from ray_pipeline.config import parse_config
 from ray_pipeline.data.hint_preview import preview, with_hints
-from ray_pipeline.data.hint_registry import make_hint
+from ray_pipeline.data.hint_registry import known_hints, make_hint, resolve_hints
 from ray_pipeline.data.listing import list_tiles
 from ray_pipeline.data.tiles import read_tile
 from ray_pipeline.errors import UserError
