@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ray_pipeline.cli_data import add_data_commands
-from ray_pipeline.cli_words import add_config, ascii_text, counts_in_words
+from ray_pipeline.cli_words import add_config, ascii_text, config_words, counts_in_words
 from ray_pipeline.errors import UserError
 
 
@@ -94,8 +94,20 @@ def _encode(arguments) -> None:
     else:
         with ray_session(config.ray):
             pipeline.encode(config, prepared)
-        print(f"latents   {prepared.job.store}: {counts_in_words(pipeline.stored_tiles(prepared.job.store))}")
-    print(f"next      ray-pipeline train --config {arguments.config}")
+        print_store(prepared.job.store)
+    print(f"next      ray-pipeline train {config_words(arguments)}")
+
+
+def print_store(store: str) -> None:
+    """What a finished latent store holds, and what was left out of it."""
+    from ray_pipeline import pipeline
+
+    tiles, rejected, partners = pipeline.stored_tiles(store)
+    accepted = sum(tiles.values())
+    print(f"tiles     {accepted + rejected} listed = {accepted} accepted + {rejected} rejected")
+    print(f"latents   {store}: {counts_in_words(tiles)}")
+    for hint, count in partners.items():
+        print(f"partners  {hint}: {count} tiles have one on disk, {accepted - count} have a simulated hint")
 
 
 def _train(arguments) -> None:

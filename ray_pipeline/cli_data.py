@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ray_pipeline.cli_prepare import add_prepare
-from ray_pipeline.cli_words import Add, add_config, counts_in_words
+from ray_pipeline.cli_words import Add, add_config, config_words, counts_in_words
 
 
 def add_data_commands(add: Add) -> None:
@@ -70,7 +70,7 @@ def _add_hints(add: Add) -> None:
         "--preview", type=Path, nargs="?", const=Path("hints.png"), metavar="PNG",
         help="write a picture of tiles with their hints (default hints.png)",
     )  # fmt: skip
-    parser.add_argument("--names", nargs="+", default=[], metavar="HINT", help="hints to draw (default: all)")
+    parser.add_argument("--names", nargs="+", default=[], metavar="HINT", help="which hints (default: all)")
     parser.add_argument("--tiles", type=int, default=6, help="tiles to draw, spread over the data (default 6)")
 
 
@@ -115,13 +115,13 @@ def _hints(arguments) -> None:
     from ray_pipeline.data.hint_registry import known_hints, resolve_hints
 
     config = load_config(arguments.config, arguments.overrides)
-    for name, settings in resolve_hints(config.data.hints, known_hints()).items():
+    for name, settings in resolve_hints(config.data.hints, arguments.names or known_hints()).items():
         print(f"{name}: " + ", ".join(f"{key}={value}" for key, value in settings.items()))
     if arguments.preview is not None:
         from ray_pipeline import pipeline
 
         pipeline.preview_hints(config, arguments.names, arguments.tiles, arguments.preview)
         print(f"picture   {arguments.preview}")
-        print(f"next      ray-pipeline encode --config {arguments.config}")
+        print(f"next      ray-pipeline encode {config_words(arguments)}")
     else:
-        print(f"next      ray-pipeline hints --config {arguments.config} --preview hints.png")
+        print(f"next      ray-pipeline hints {config_words(arguments)} --preview hints.png")

@@ -106,7 +106,9 @@ def _prepare(arguments) -> None:
         split_of = split_images(foundation, settings.val_fraction, settings.test_fraction, settings.seed)
         _print_counts(count_images(collection.images, split_of), "images")
         _print_rejected(collection.rejected, collection.ignored)
-        print(f"next      ray-pipeline prepare {arguments.kind} {arguments.source} --out data")
+        if len(collection.rejected) > settings.max_rejected:
+            print(f"stop      more are rejected than --max-rejected {settings.max_rejected}: the job would not start")
+        print("next      the same command with --out DATA_ROOT in the place of --dry-run")
         return
     if arguments.out is None:
         raise UserError("--out is missing: give the data root to write, or --dry-run to write nothing")
@@ -118,7 +120,7 @@ def _prepare(arguments) -> None:
 def _collection(arguments):
     from ray_pipeline.data.sources.collection import add_metadata
     from ray_pipeline.data.sources.folder import compiled_pattern, list_folder, partner_rule
-    from ray_pipeline.data.sources.kinds import FOLDER, checked, source_of
+    from ray_pipeline.data.sources.kinds import FOLDER, list_images
     from ray_pipeline.data.sources.tiling import safe_name
 
     root, kind = arguments.source, arguments.kind
@@ -133,7 +135,7 @@ def _collection(arguments):
             raise UserError(f"{given[0]} is for `prepare folder` alone; {kind} names its data sets, fields and pairs")
         if not root.is_dir():
             raise UserError(f"{root}: no such folder, expected the release as downloaded; correct the path")
-        collection = checked(kind, source_of(kind)(root))
+        collection = list_images(kind, root)
     return add_metadata(collection, arguments.meta)
 
 
@@ -175,11 +177,16 @@ def _print_prepared(summary, arguments, ignored: int) -> None:
     _print_counts(summary.tiles, "tiles")
     _print_rejected([(row.path, row.reason) for row in summary.rejected], ignored)
     if summary.left_out:
-        print(f"left out  {summary.left_out} constant tiles or tiles with too little content")
+        print(f"left out  {summary.left_out} tiles or partners of good images (constant, too little content, no pair)")
     for folder in summary.folders.values():
         print(f"data set  {folder} (what was rejected or left out: rejected.csv)")
     for what, names, words in (
         ("saturated", summary.saturated, "at their detector's top value; what is brighter was lost"),
+        (
+            "off scale",
+            summary.off_scale,
+            "partners brighter or darker than their images; --partner-intensity fit brings them to one scale",
+        ),
         (
             "dim",
             summary.dim,
@@ -188,7 +195,9 @@ def _print_prepared(summary, arguments, ignored: int) -> None:
     ):
         if names:
             print(f"{what:<9} {len(names)} image(s), first {ascii_text(names[0])}: {words}")
-    print(f"next      ray-pipeline train --config configs/microscopy.yaml --set data.root={arguments.out}")
+    size = arguments.tile_size
+    sizes = "" if size == 512 else f" --set data.tile_size={size} --set model.latent_size={size // 8}"
+    print(f"next      ray-pipeline train --config configs/microscopy.yaml --set data.root={arguments.out}{sizes}")
 
 
 def _print_rejected(rejected: list[tuple[str, str]], ignored: int) -> None:

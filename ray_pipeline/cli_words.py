@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,13 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="set one key of the config"
     )
+
+
+def config_words(arguments: argparse.Namespace) -> str:
+    """--config and every --set as they were typed, for a shell."""
+    words = ["--config", str(arguments.config)]
+    words += [word for override in arguments.overrides for word in ("--set", override)]
+    return ascii_text(shlex.join(words))
 
 
 def ascii_text(text: str) -> str:

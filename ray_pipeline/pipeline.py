@@ -31,6 +31,7 @@ from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.monitoring.tile_grid import Window, sample_grid
 from ray_pipeline.ray_session import ray_session
+from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder, replace_file
 from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
 from ray_pipeline.training.setup import PhaseJob, checkpoint_folder, stream_cpus
@@ -151,9 +152,15 @@ def encode(config: Config, prepared: Prepared) -> None:
         warnings.warn(f"{left_out} tiles cannot be used and were left out, see {listing}", stacklevel=2)
 
 
-def stored_tiles(store: str) -> dict[str, int]:
-    """Tiles of each split of a finished latent store."""
-    return {split: len(LatentStore.open(Folder(store).child(split))) for split in SPLITS}
+def stored_tiles(store: str) -> tuple[dict[str, int], int, dict[str, int]]:
+    """Of a finished latent store: tiles of each split, how many were left out, and, of each hint that may have one, the
+    tiles with a partner on disk."""
+    splits = {split: LatentStore.open(Folder(store).child(split)) for split in SPLITS}
+    hints = [name for name in splits["train"].hint_names if name in PARTNER_TYPES]
+    partners = {
+        hint: sum(entry.partners[hint] for split in splits.values() for entry in split.datasets) for hint in hints
+    }
+    return {name: len(split) for name, split in splits.items()}, splits["train"].index["rejected"], partners
 
 
 def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Path:

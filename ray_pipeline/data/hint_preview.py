@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ray_pipeline.data.encode_job import EncodeJob
-from ray_pipeline.data.hint_registry import known_hints, resolve_hints
+from ray_pipeline.data.hint_registry import hint_fingerprint, known_hints, resolve_hints
 from ray_pipeline.data.listing import Listing, list_tiles, spread
 from ray_pipeline.data.manifest import SPLITS
 from ray_pipeline.data.rejected import in_words
@@ -23,6 +23,8 @@ def preview(job: EncodeJob, count: int) -> tuple[list[str], list[list[np.ndarray
     Columns are the tile and each hint of the job, as the first variant takes it: a degraded partner where there is
     one, else simulated. UserError: a tile or partner that cannot be used.
     """
+    for name in job.hints:  # a model that does not load is told before a tile is opened
+        hint_fingerprint(name, job.hint_settings[name])
     reader = TileReader(job)
     columns = ["latent", *(f"hint.{name}" for name in job.hints)]
     rows = []

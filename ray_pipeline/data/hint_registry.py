@@ -20,6 +20,10 @@ from ray_pipeline.plugins import load_plugin, plugin_names, plugin_version
 from ray_pipeline.sections import Section
 
 
+class BrokenHint(UserError):
+    """A hint's own function is wrong, not the tile that it was given."""
+
+
 def known_hints() -> tuple[str, ...]:
     """Names of all hints, this package's own first."""
     return (*HINTS, *(name for name in plugin_names(GROUP) if name not in HINTS))
@@ -48,16 +52,21 @@ def hint_parameters(name: str) -> type[BaseModel]:
         model = create_model(name, __base__=Section, **fields)
     except Exception as error:  # whatever evaluating another package's annotations raises
         raise UserError(
-            f"hint {name!r}: the arguments of {function!r} cannot be understood ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); correct them"
+            f"hint {name!r}: the arguments of {_origin(name, function)} cannot be understood "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); correct them"
         ) from error
     wrong = [a for a in keywords if a.kind is not a.KEYWORD_ONLY or a.annotation is a.empty]
     if wrong or tile.kind not in (tile.POSITIONAL_ONLY, tile.POSITIONAL_OR_KEYWORD):
         raise UserError(
-            f"hint {name!r}: expected a function of a tile and of keyword-only arguments with annotations, found "
-            f"{function.__name__}{inspect.signature(function)}; correct it"
+            f"hint {name!r}: expected a function of a tile and of keyword-only arguments with "
+            f"annotations, found {function.__name__}{inspect.signature(function)}; correct it"
         )
     return model
+
+
+def _origin(name: str, function: Callable) -> str:
+    package = "ray-pipeline" if name in HINTS else plugin_version(GROUP, name)
+    return f"{getattr(function, '__name__', 'its function')} of {package}"
 
 
 def resolve_hints(given: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -92,11 +101,20 @@ def make_hint(
     and for what a hint of another package must not return.
     """
     tile = Tile(pixels, partner, hint_generator(name, sample_id, variant), psf_fwhm_px)
-    hint = np.ascontiguousarray(hint_function(name)(tile, **settings[name]), dtype=np.float32)
+    try:
+        hint = np.ascontiguousarray(hint_function(name)(tile, **settings[name]), dtype=np.float32)
+    except Exception as error:
+        if name in HINTS or isinstance(error, UserError):
+            raise
+        raise BrokenHint(
+            f"hint {name} of package {plugin_version(GROUP, name)} fails at {sample_id} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); correct its function"
+        ) from error
     if hint.shape != pixels.shape or not (np.abs(hint) <= 1).all():
-        raise UserError(
-            f"hint {name} of {sample_id} has shape {hint.shape} and values from {hint.min():g} to {hint.max():g}, "
-            f"expected {pixels.shape} within -1 to 1; correct its function"
+        found = f"values from {hint.min():g} to {hint.max():g}" if hint.size else "no values"
+        raise BrokenHint(
+            f"hint {name} of {sample_id} has shape {hint.shape} and {found}, expected {pixels.shape} within -1 to 1; "
+            "correct its function"
         )
     return hint
 

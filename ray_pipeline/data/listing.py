@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 import math
+import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -86,9 +88,19 @@ def list_tiles(job: EncodeJob) -> Listing:
     rejected: list[Rejected] = []
     for folder in folders:
         pairs = _partners(job, folder.name)
+        found: set[str] = set()
         for split in SPLITS:
             listed = _split_rows(folder, split, job, pairs, digest, rejected)
             ranges[split].append(_dataset(folder.name, rows[split], listed))
+            found.update(row.id.removeprefix(f"{folder.name}/") for row in listed)
+        found.update(row.id.removeprefix(f"{folder.name}/") for row in rejected)
+        alone = sorted(pairs.keys() - found)
+        if alone:
+            warnings.warn(
+                f"degraded/{folder.name}: the partners of {len(alone)} tiles belong to none that is there, first "
+                f"{alone[0]!r}; correct pair_id, or prepare the data again",
+                stacklevel=2,
+            )
     if len(rejected) > job.max_rejected:
         total = len(rejected) + sum(map(len, rows.values()))
         raise UserError(
@@ -118,11 +130,20 @@ def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, list[_Partner
     hashes = table["sha256"] if "sha256" in table else [""] * len(table)
     heights, widths = (table[name] if name in table else [math.nan] * len(table) for name in ("height", "width"))
     partners: dict[str, dict[str, list[_Partner]]] = {}
+    unknown: Counter[str] = Counter()
     columns = (table["task"], table["pair_id"], table["image"], hashes, heights, widths)
     for task, pair, image, sha256, height, width in zip(*columns, strict=True):
-        if task in PARTNER_TYPES and task in job.hints:
+        if task not in PARTNER_TYPES:
+            unknown[task] += 1
+        elif task in job.hints:
             partner = _Partner(_posix("degraded", dataset, image), sha256, (height, width))
             partners.setdefault(pair, {}).setdefault(task, []).append(partner)
+    for task, rows in unknown.items():
+        warnings.warn(
+            f"degraded/{dataset}: {rows} rows of task {task!r} are no partners, expected {', '.join(PARTNER_TYPES)}; "
+            "correct the column task",
+            stacklevel=2,
+        )
     return partners
 
 

@@ -27,7 +27,7 @@ def rejected_csv(rows: Sequence[Rejected]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("id", "path", "reason"))
     writer.writerows((row.id, row.path, row.reason) for row in rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")
 
 
 def in_words(rows: Sequence[Rejected]) -> str:

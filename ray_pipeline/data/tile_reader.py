@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ray_pipeline.data.encode_job import EncodeJob
-from ray_pipeline.data.hint_registry import make_hint
+from ray_pipeline.data.hint_registry import BrokenHint, make_hint
 from ray_pipeline.data.hints import choose_partner, dihedral
 from ray_pipeline.data.rejected import Rejected
 from ray_pipeline.data.tile_table import TileRow
@@ -40,9 +40,12 @@ class TileReader:
             tile = files.tile()
             for place, variant in enumerate(request.variants):
                 turned = dihedral(tile, variant)
+                turned.setflags(write=False)  # the image of the tile itself, which a hint must not change
                 for column, name in enumerate(request.columns):
                     if request.columns.index(name) == column and name != "std":
                         images.append(((place, column), self._image(name, turned, files, variant)))
+        except BrokenHint:
+            raise
         except UserError as error:
             path = Path(self.job.root, files.last)
             return Rejected(row.id, files.last, str(error).removeprefix(f"{path}: "))
@@ -83,7 +86,9 @@ class TileFiles:
         paths = self.row.partners.get(hint)
         if not paths:
             return None
-        return dihedral(self._read(paths[choose_partner(hint, self.row.id, variant, len(paths))]), variant)
+        turned = dihedral(self._read(paths[choose_partner(hint, self.row.id, variant, len(paths))]), variant)
+        turned.setflags(write=False)
+        return turned
 
     def _read(self, path: str) -> np.ndarray:
         self.last = path

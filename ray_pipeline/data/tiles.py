@@ -67,7 +67,6 @@ def _read_array_tile(path: Path) -> np.ndarray:
             f"{path}: expected a float tile of shape (H, W), found {array.dtype} {array.shape}; prepare it again."
         )
     if not (np.abs(array) <= 1.0 + 1e-3).all():
-        raise UserError(
-            f"{path}: expected tile values in [-1, 1], found {array.min():.4g} to {array.max():.4g}; prepare it again."
-        )
+        found = f"{array.min():.4g} to {array.max():.4g}" if np.isfinite(array).all() else "NaN or infinite ones"
+        raise UserError(f"{path}: expected tile values in [-1, 1], found {found}; prepare it again.")
     return np.clip(array.astype(np.float32), -1.0, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from ray_pipeline.data import hint_registry
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.data.hint_registry import hint_fingerprint, hint_parameters, known_hints, make_hint, resolve_hints
 from ray_pipeline.data.hints import HINTS, Tile
+from ray_pipeline.data.listing import list_tiles
+from ray_pipeline.data.tile_reader import Request, TileReader
 from ray_pipeline.errors import UserError
 from ray_pipeline.sections import CONDITION_TYPES
 
@@ -197,3 +200,15 @@ def test_whatever_decides_a_hint_s_pixels_is_in_its_fingerprint():
     for name in CONDITION_TYPES:
         same = hint_fingerprint(name, settings[name]) == hint_fingerprint(name, other[name])
         assert same == (name != "canny")
+
+
+def test_a_hint_cannot_change_the_tile_that_it_is_given(offered, job_for, tiny_data):
+    def mine(tile: Tile) -> np.ndarray:
+        tile.pixels[:] = -1
+        return tile.pixels
+
+    offered(mine)
+    job = replace(job_for(tiny_data), hints=("mine",), hint_settings={"mine": {}})
+    row = list_tiles(job).rows["train"][0]
+    with pytest.raises(ValueError, match="read-only"):
+        TileReader(job).images(Request(row, (0, 3), ("latent", "hint.mine")))

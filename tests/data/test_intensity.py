@@ -51,7 +51,7 @@ def test_the_range_of_several_images_is_that_of_all_their_pixels(rng, dtype):
     counts = {}
     for image in images:
         add_counts(counts, {group: count_values(image) if is_narrow(dtype) else count_bins(image, *limits)})
-    ranges = intensity_ranges(counts, {group: limits}, (0.5, 99.0))
+    ranges = intensity_ranges(counts, {group: limits}, {group: limits}, (0.5, 99.0))
     bin_width = 0.0 if is_narrow(dtype) else np.ptp(pixels) / HISTOGRAM_BINS
     np.testing.assert_allclose(ranges[group], np.percentile(pixels, (0.5, 99.0)), atol=bin_width + 1e-9)
 
@@ -62,7 +62,7 @@ def test_bins_are_finer_than_the_steps_of_a_short_float(rng, dtype, lo, hi):
     group, limits = ("cells", "", 0, dtype), (float(pixels.min()), float(pixels.max()))
     counts = count_bins(pixels, *limits)
     assert counts.sum() == pixels.size
-    found = intensity_ranges({group: counts}, {group: limits}, (5, 95))[group]
+    found = intensity_ranges({group: counts}, {group: limits}, {group: limits}, (5, 95))[group]
     np.testing.assert_allclose(
         found, np.percentile(pixels.astype(float), (5, 95)), atol=np.ptp(limits) / HISTOGRAM_BINS
     )
@@ -81,14 +81,15 @@ def test_data_sets_kinds_channels_and_dtypes_keep_their_own_ranges(rng):
     planes = {group: rng.integers(3 + 20 * i, 90 + 30 * i, 500) for i, group in enumerate(groups)}
     counts = {group: count_values(plane.astype(group[3])) for group, plane in planes.items()}
     limits = {group: (float(plane.min()), float(plane.max())) for group, plane in planes.items()}
-    assert intensity_ranges(counts, limits, (0, 100)) == limits
+    assert intensity_ranges(counts, limits, limits, (0, 100)) == limits
 
 
 def test_where_both_percentiles_are_equal_minimum_and_maximum_are_the_range():
     dots = np.zeros(1000, np.uint16)
     dots[:3] = 900
     group = ("cells", "", 0, "uint16")
-    assert intensity_ranges({group: count_values(dots)}, {group: (0.0, 900.0)}, (1, 99)) == {group: (0.0, 900.0)}
+    limits = {group: (0.0, 900.0)}
+    assert intensity_ranges({group: count_values(dots)}, limits, limits, (1, 99)) == limits
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])

@@ -184,6 +184,26 @@ def test_a_root_without_data_sets_or_without_a_split_is_named(root, tmp_path, jo
         list_tiles(job_for(root, *PAIRED_TYPES))
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("pair_id", "nowhere", r"partners of 1 tiles belong to none that is there, first 'nowhere'; correct pair_id"),
+        (
+            "task",
+            "Denoise",
+            r"1 rows of task 'Denoise' are no partners, expected .*denoising.*; correct",
+        ),
+    ],
+)
+def test_partners_of_nothing_are_not_passed_over_in_silence(root, job_for, column, value, said):
+    csv = root / "degraded/simulated/manifests/manifest.csv"
+    table = pd.read_csv(csv, dtype=str)
+    table.loc[0, column] = value
+    table.to_csv(csv, index=False)
+    with pytest.warns(UserWarning, match=said):
+        list_tiles(job_for(root, *PAIRED_TYPES))
+
+
 def test_a_degraded_manifest_without_tasks_is_named(root, job_for):
     csv = root / "degraded/simulated/manifests/manifest.csv"
     pd.read_csv(csv, dtype=str).drop(columns="task").to_csv(csv, index=False)

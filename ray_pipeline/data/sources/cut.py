@@ -17,6 +17,10 @@ from ray_pipeline.data.sources.planes import Plane, PlaneChoice, planes
 from ray_pipeline.data.sources.survey import Intensities, Survey
 from ray_pipeline.data.sources.tiling import tile_origins
 from ray_pipeline.data.tiles import write_tile
+from ray_pipeline.errors import UserError
+
+#: partners are reported whose black or white level is off by this share of the range
+OFF_SCALE = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Cut:
-    """Manifest rows of a unit, by kind foundation and degraded, and the tiles that were left out."""
+    """Manifest rows of a unit, by kind foundation and degraded, the tiles that were left out, and the
+    partners whose intensities are not on the scale of their foundation image."""
 
     rows: dict[str, list[dict]]
     left_out: list[Rejected]
+    off_scale: set[str]
 
 
 def partner_scale(foundation: Survey, partner: Survey) -> int:
@@ -68,7 +74,7 @@ def cut_unit(root: Path, out: Path, cutting: Cutting, intensities: Intensities, 
     A tile is left out where it is constant or has too little content, and its partners with it.
     """
     survey, choice = unit.foundation, cutting.choice
-    opened = open_image(root / survey.image.name, choice.axes)
+    opened = _reopened(root, survey, choice)
     scales = [partner_scale(survey, partner) for partner in unit.partners]
     multiple = math.lcm(*scales)
     corners = [
@@ -76,8 +82,8 @@ def cut_unit(root: Path, out: Path, cutting: Cutting, intensities: Intensities, 
         for y in tile_origins(survey.height, cutting.tile_size, cutting.overlap, multiple)
         for x in tile_origins(survey.width, cutting.tile_size, cutting.overlap, multiple)
     ]
-    cut = Cut({"foundation": [], "degraded": []}, [])
-    images = [open_image(root / partner.image.name, choice.axes) for partner in unit.partners]
+    cut = Cut({"foundation": [], "degraded": []}, [], set())
+    images = [_reopened(root, partner, choice) for partner in unit.partners]
     of_partners = [planes(image, choice) for image in images]
     for plane in planes(opened, choice):
         seen = [_at(plane.place, each) for each in of_partners]
@@ -87,9 +93,19 @@ def cut_unit(root: Path, out: Path, cutting: Cutting, intensities: Intensities, 
         kept = writer.foundation(corners, cut)
         for partner, image, scale, other in zip(unit.partners, images, scales, seen, strict=True):
             if plane.channel in partner.limits:
+                cut.off_scale.update(writer.off_scale(partner, other, scale))
                 writer.partner(partner, image, scale, other, kept, cut)
         writer.depth(kept, cut)
     return cut
+
+
+def _reopened(root: Path, survey: Survey, choice: PlaneChoice) -> MicroscopeImage:
+    """The image of a survey; UserError where it is another one by now."""
+    path = root / survey.image.name
+    image = open_image(path, choice.axes)
+    if path.stat().st_mtime_ns != survey.written_ns:
+        raise UserError(f"{path} was written while it was prepared; leave the images alone and prepare them again.")
+    return image
 
 
 @dataclass(frozen=True)
@@ -170,6 +186,15 @@ class _Writer:
     def _um_pixel(self, scale: int) -> float | None:
         known = self.opened.um_pixel or self.unit.foundation.image.metadata.get("um_pixel")
         return None if known is None else known * scale
+
+    def off_scale(self, partner: Survey, other: Plane, scale: int) -> set[str]:
+        """The partner's name where its range, by the line over its foundation image, is another one by more than
+        OFF_SCALE of it; a fit takes that away."""
+        if self.cutting.fit_partners:
+            return set()
+        (lo, hi), found = self.range, self._fitted(other.pixels, scale)
+        apart = max(abs(found[0] - lo), abs(found[1] - hi))
+        return {partner.image.name} if apart > OFF_SCALE * (hi - lo) else set()
 
     def _fitted(self, pixels: np.ndarray, scale: int) -> tuple[float, float]:
         """The range in the partner's units: its line over the foundation's pixels, by least squares."""

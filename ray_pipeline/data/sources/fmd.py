@@ -40,6 +40,7 @@ def list_fmd(root: Path) -> Collection:
     images: list[SourceImage] = []
     truths: dict[tuple[str, int], SourceImage] = {}
     found: Counter = Counter()
+    alone: Counter = Counter()
     for name in sorted(names, key=lambda name: ("/gt/" not in name, name)):
         match = IMAGE_NAME.fullmatch(name)
         kind, level, number = (match[1], match[2] or match[4], int(match[3] or match[5])) if match else ("", "", 0)
@@ -49,7 +50,7 @@ def list_fmd(root: Path) -> Collection:
         found[kind, level, number] += 1
         truth = truths.get((kind, number))
         if level != "gt" and truth is None:
-            rejected.append((name, f"its ground truth {kind}/gt/{number}/avg50.png is missing or rejected"))
+            alone[kind, number] += 1
             continue
         image = _image(name, kind, level, number, truth)
         images.append(image)
@@ -60,9 +61,16 @@ def list_fmd(root: Path) -> Collection:
         raise UserError(f"{base}: found no ground truth <type>/gt/<field>/avg50.png, expected {LAYOUT}{example}.")
     copies = sum(len(files) for _, _, files in os.walk(base / "test_mix"))
     notes = _notes(found)
+    if alone:
+        kind, number = min(alone)
+        notes.append(
+            f"{alone.total():,} captures of {len(alone)} fields left aside, whose ground truth is not here, such as "
+            f"{kind}/gt/{number}/avg50.png."
+        )
     if copies:
         notes.append(f"test_mix: {copies:,} files left out, copies of captures of field {TEST_FIELD}.")
-    return Collection(base, sorted(images, key=lambda image: image.name), sorted(rejected), notes, ignored + copies)
+    images.sort(key=lambda image: image.name)
+    return Collection(base, images, sorted(rejected), notes, ignored + copies + alone.total())
 
 
 def _find_types(root: Path) -> Path:

@@ -111,6 +111,8 @@ def list_files(root: Path) -> tuple[list[str], list[tuple[str, str]], int]:
             is_image = path.suffix.lower() in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES or file in zarrs
             if file.startswith(".") or (not is_image and file not in links):
                 others += 1
+            elif not _is_utf8(name):
+                rejected.append((name, "its name is not UTF-8; rename it"))
             elif file in links or not path.resolve().is_relative_to(resolved):
                 rejected.append((name, f"a link to {path.resolve()}, expected a file in the folder; copy it there"))
             else:
@@ -128,6 +130,14 @@ def _captures(rule: PartnerRule, match: re.Match) -> int | None:
             f"{match.string}, expected a number of captures; correct the pattern."
         )
     return int(averages)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _group(pattern: re.Pattern | None, name: str) -> str:

@@ -49,7 +49,7 @@ class Settings:
 @dataclass
 class Prepared:
     """What `prepare` did. listed: images; of them accepted + rejected = listed. tiles: counts of tiles. left_out: tiles
-    of good images that are constant or too empty. dim, saturated: names of images to look at."""
+    of good images that are constant or too empty. dim, saturated, off_scale: names of images to look at."""
 
     folders: dict[str, Path]
     listed: int
@@ -60,6 +60,7 @@ class Prepared:
     left_out: int = 0
     dim: list[str] = field(default_factory=list)
     saturated: list[str] = field(default_factory=list)
+    off_scale: list[str] = field(default_factory=list)
 
 
 def prepare(collection: Collection, out: Path, settings: Settings, report: Report = lambda *_: None) -> Prepared:
@@ -171,6 +172,7 @@ class _Writers:
                 done.tiles[image.dataset, split, row["task"], image.kind, degree(row["scale"], row["averages"])] += 1
         self.left_out[image.dataset] += made.left_out
         done.left_out += len(made.left_out)
+        done.off_scale += sorted(made.off_scale)
 
 
 def _with_pairs_checked(surveys: list[Survey], cutting: Cutting) -> list[Survey]:

@@ -23,7 +23,9 @@ def split_images(images: Iterable[SourceImage], val_fraction: float, test_fracti
     images = list(images)
     split_of, open_groups = {}, defaultdict(lambda: defaultdict(list))
     published = {(image.dataset, image.group): image.split for image in images if image.split and image.group}
+    kinds: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for image in images:
+        kinds[image.dataset][image.group or image.name].add(image.kind)
         split = image.split or published.get((image.dataset, image.group))
         if split is None:
             open_groups[image.dataset][image.group or image.name].append(image.name)
@@ -38,11 +40,24 @@ def split_images(images: Iterable[SourceImage], val_fraction: float, test_fracti
                 f"--val-fraction {val_fraction}, --test-fraction {test_fraction}: found {n} images "
                 f"or groups of them in {dataset}, expected at least one for training beside {val} + {test}; lower them."
             )
-        ranked = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
-        for rank, group in enumerate(ranked):
+        for rank, group in enumerate(_ranked(groups, kinds[dataset], seed)):
             split = "val" if rank < val else "test" if rank < val + test else "train"
             split_of |= dict.fromkeys(groups[group], split)
     return split_of
+
+
+def _ranked(groups: Iterable[str], kinds: dict[str, set[str]], seed: int) -> list[str]:
+    """Groups by the hash of seed and name, in turn from those of each set of kinds, so that every kind is held back."""
+    strata: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    digests = {group: hashlib.sha256(f"{seed}/{group}".encode()).digest() for group in groups}
+    for group in sorted(digests, key=digests.get):
+        strata[tuple(sorted(kinds[group]))].append(group)
+    places = {
+        group: ((place + 0.5) / len(members), digests[group])
+        for members in strata.values()
+        for place, group in enumerate(members)
+    }
+    return sorted(places, key=places.get)
 
 
 def count_images(images: Iterable[SourceImage], split_of: dict[str, str]) -> Counts:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,10 +42,12 @@ class Patch(NamedTuple):
 
 
 class Folds(NamedTuple):
-    """What the fold lists say: {(scale, cell): names}, only of scales and cells with a list, and {tile: split}."""
+    """What the fold lists say: {(scale, cell): names}, {tile: split}, and the scales and cells with a list of every
+    split, which say which patches there are; those of one split do not."""
 
     names: dict[tuple[int, str], set[str]]
     split: dict[int, str]
+    complete: set[tuple[int, str]]
 
 
 def list_sr_caco2(root: Path) -> Collection:
@@ -62,17 +64,22 @@ def list_sr_caco2(root: Path) -> Collection:
     split = TILES | folds.split
     images: dict[str, SourceImage] = {}
     found: Counter = Counter()
+    alone: Counter = Counter()
+    present = set(names)
     for name in names:  # sorted: HR patches come first
         patch = parse_patch(name)
         high = images.get(hr_name(patch)) if patch and patch.scale > 1 else None
         if patch is None:
             reason = f"the name does not fit the release's pattern, such as hr_div_1/{EXAMPLE}"
-        elif name not in folds.names.get((patch.scale, patch.cell), (name,)):
+        elif (patch.scale, patch.cell) in folds.complete and name not in folds.names[patch.scale, patch.cell]:
             reason = f"named by none of the fold lists for {patch.cell} that are present"
         elif patch.tile not in split:
             reason = f"tile {patch.tile} is in no published split (1 to 22)"
+        elif patch.scale > 1 and high is None and hr_name(patch) not in present:
+            alone[patch.scale] += 1
+            reason = ""
         elif patch.scale > 1 and high is None:
-            reason = f"its high-resolution patch {hr_name(patch)} is missing or rejected"
+            reason = f"its high-resolution patch {hr_name(patch)} is rejected"
         else:
             images[name] = _image(name, patch, split[patch.tile], high)
             reason = ""
@@ -84,7 +91,8 @@ def list_sr_caco2(root: Path) -> Collection:
         example = "; {}: {}".format(*rejected[0]) if rejected else ""
         raise UserError(f"{base}: found no patch that can be used, expected hr_div_1/{EXAMPLE} and others{example}.")
     notes = _notes(found, folds, images, rejected)
-    return Collection(base, list(images.values()), sorted(rejected), notes, ignored)
+    notes += [f"hr_div_{s}: {n:,} patches left aside, whose hr_div_1 patch is not here." for s, n in alone.items()]
+    return Collection(base, list(images.values()), sorted(rejected), notes, ignored + alone.total())
 
 
 def parse_patch(name: str) -> Patch | None:
@@ -108,7 +116,8 @@ def read_folds(folder: Path) -> Folds:
     UserError, with file and line: a line that is no pair of one patch, a patch named twice, one that l_h.txt and
     h_l.txt do not both name, a tile in two splits.
     """
-    folds, first = Folds({}, {}), {}
+    folds, first = Folds({}, {}, set()), {}
+    seen: dict[tuple[int, str], set[str]] = defaultdict(set)
     for lists in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = FOLD_NAME.fullmatch(lists.name)
         paths = [lists / name for name in ("l_h.txt", "h_l.txt") if (lists / name).is_file()]
@@ -138,6 +147,10 @@ def read_folds(folder: Path) -> Folds:
             first.setdefault(patch.tile, where)
             folds.names.setdefault((scale, cell), set()).add(low)
             folds.names.setdefault((1, cell), set()).add(high)
+        seen[scale, cell].add(split)
+    for (scale, cell), splits in seen.items():
+        if splits == set(PATCHES):
+            folds.complete.update({(scale, cell), (1, cell)})
     return folds
 
 
@@ -147,7 +160,8 @@ def _read_pairs(path: Path) -> dict[str, tuple[int, str]]:
     order = "low,high" if path.name == "l_h.txt" else "high,low"
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         names = [name.strip() for name in line.split(",")]
-        low, high = names if order == "low,high" and len(names) == 2 else (names[-1], names[0])
+        # told by the folders: copies of the lists are about whose h_l.txt has the order of l_h.txt
+        low, high = names[::-1] if names[0].startswith("hr_div_1/") else (names[0], names[-1])
         if line.strip() and (len(names) != 2 or low in pairs):
             problem = f"{low} again, as in line {pairs[low][0]}" if low in pairs else repr(line[:200])
             raise UserError(

@@ -16,7 +16,8 @@ def staging_folder(out: Path) -> Path:
     """A new hidden folder for a data set in the making; those of killed jobs of this machine are removed."""
     host = safe_name(socket.gethostname())
     for left in out.glob(f".prepare-{host}-*"):
-        if not _runs(int(left.name.rpartition("-")[2])):
+        number = left.name.rpartition("-")[2]
+        if number.isdecimal() and not _runs(int(number)):
             shutil.rmtree(left, ignore_errors=True)
     return out / f".prepare-{host}-{os.getpid()}"
 

@@ -18,6 +18,7 @@ from ray_pipeline.data.intensity import (
     count_values,
     intensity_ranges,
     is_narrow,
+    narrower_window,
 )
 from ray_pipeline.data.ray_map import ray_map
 from ray_pipeline.data.sources.collection import SourceImage
@@ -37,7 +38,7 @@ _TOGETHER = 8  # images of one task
 class Survey:
     """What is known of an image: `reason` when it is rejected, else its size and, of channels that become tiles,
     (minimum, maximum). empty: constant channels. places: of the planes chosen, see planes.Plane. saturated: share of
-    pixels at the top value of the detector."""
+    pixels at the top value of the detector. written_ns: when the file was last written."""
 
     image: SourceImage
     reason: str = ""
@@ -48,6 +49,7 @@ class Survey:
     empty: tuple[int, ...] = ()
     places: tuple[tuple[int, int, int], ...] = ()
     saturated: float = 0.0
+    written_ns: int = 0
 
     def group(self, channel: int) -> Group:
         """What is normalised together: data set, kind, channel and dtype. An 8-bit image beside 16-bit ones would come
@@ -89,7 +91,7 @@ def ranges_of_surveys(
     """Percentiles over all pixels of each group of foundation images.
 
     `counts` holds the 8 and 16-bit groups. Images of wider types are read a second time, now that the limits of their
-    bins are known.
+    bins are known, and again where a few pixels far off, such as hot ones, left the percentiles few of the bins.
     """
     surveys = list(surveys)
     limits: dict[Group, tuple[float, float]] = {}
@@ -97,12 +99,20 @@ def ranges_of_surveys(
         for c, (lo, hi) in survey.limits.items():
             group_lo, group_hi = limits.get(survey.group(c), (lo, hi))
             limits[survey.group(c)] = min(lo, group_lo), max(hi, group_hi)
-    counts = dict(counts)
-    wide = [survey for survey in surveys if not is_narrow(survey.dtype)]
-    chunks = [wide[start : start + _TOGETHER] for start in range(0, len(wide), _TOGETHER)]
-    for new in ray_map(partial(_count_chunk, root, limits, choice), chunks):
-        add_counts(counts, new)
-    return Intensities(intensity_ranges(counts, limits, percentiles), background_levels(counts, limits))
+    counts, windows = dict(counts), dict(limits)
+    todo = {group: window for group, window in windows.items() if not is_narrow(group[3])}
+    while todo:
+        wide = [survey for survey in surveys if any(survey.group(c) in todo for c in survey.limits)]
+        chunks = [wide[start : start + _TOGETHER] for start in range(0, len(wide), _TOGETHER)]
+        fresh: dict[Group, np.ndarray] = {}
+        for new in ray_map(partial(_count_chunk, root, todo, choice), chunks):
+            add_counts(fresh, new)
+        windows |= todo
+        counts |= fresh
+        narrower = {group: narrower_window(counts[group], windows[group], percentiles) for group in todo}
+        todo = {group: window for group, window in narrower.items() if window is not None}
+    ranges = intensity_ranges(counts, limits, windows, percentiles)
+    return Intensities(ranges, background_levels(counts, windows))
 
 
 def is_dim(survey: Survey, ranges: dict[Group, tuple[float, float]]) -> bool:
@@ -133,7 +143,7 @@ def survey_image(
         height, width = opened.sizes["Y"], opened.sizes["X"]
         if image.pair is None and min(height, width) < tile_size:
             return Survey(image, f"{height} x {width} pixels, smaller than a tile of {tile_size}"), {}
-        survey = Survey(image, "", opened.dtype.name, height, width)
+        survey = Survey(image, "", opened.dtype.name, height, width, written_ns=path.stat().st_mtime_ns)
         limits: dict[int, tuple[float, float]] = {}
         counts: dict[Group, np.ndarray] = {}
         places: list[tuple[int, int, int]] = []
@@ -158,12 +168,12 @@ def survey_image(
 
 
 def _count_chunk(
-    root: Path, limits: dict[Group, tuple[float, float]], choice: PlaneChoice, surveys: list[Survey]
+    root: Path, windows: dict[Group, tuple[float, float]], choice: PlaneChoice, surveys: list[Survey]
 ) -> dict[Group, np.ndarray]:
     counts: dict[Group, np.ndarray] = {}
     for survey in surveys:
         for plane in planes(open_image(root / survey.image.name, choice.axes), choice):
-            if plane.channel in survey.limits:
-                group = survey.group(plane.channel)
-                add_counts(counts, {group: count_bins(plane.pixels, *limits[group])})
+            group = survey.group(plane.channel)
+            if plane.channel in survey.limits and group in windows:
+                add_counts(counts, {group: count_bins(plane.pixels, *windows[group])})
     return counts

@@ -206,3 +206,14 @@ def test_a_projected_stack_has_its_depth_as_a_partner(prepare_folder, read_tiles
         np.testing.assert_allclose(tile.levels / 65535, depth_from_focus(stack[:, c])[tile.place], atol=1e-5)
         if z == "max":
             np.testing.assert_array_equal(high.pixels, stack[:, c].max(axis=0)[high.place])
+
+
+def test_partners_on_another_scale_are_named_and_a_fit_brings_them_back(prepare_folder, cells, pair, tmp_path):
+    clean = cells((64, 64), "float32", 1)
+    root = pair(clean, same=clean, gain=(0.6 * clean).astype(np.float32), dark=(1 - clean).astype(np.float32))
+    rules = [("denoising", f"{name}/(.*)", r"clean/\1") for name in ("same", "gain", "dark")]
+    done = prepare_folder(root, tmp_path / "out", partners=rules)
+    assert done.off_scale == ["dark/a.tif", "gain/a.tif"]
+    rules = rules[:2]
+    (root / "dark" / "a.tif").unlink()
+    assert prepare_folder(root, tmp_path / "fit", partners=rules, fit_partners=True).off_scale == []

@@ -120,13 +120,13 @@ def test_a_partial_download_says_what_is_missing(tmp_path):
     assert len(listed.images) == 3 * 101 - 4
 
 
-def test_a_capture_without_ground_truth_is_rejected(tmp_path):
+def test_captures_without_ground_truth_are_left_aside_with_a_note(tmp_path):
     release(tmp_path, levels=("raw",), fields=(1, 2), captures=1)
     (tmp_path / "Confocal_FISH/gt/2/avg50.png").unlink()
     listed = list_fmd(tmp_path)
-    [(name, reason)] = listed.rejected
-    assert name == "Confocal_FISH/raw/2/HV110_P0500510000.png"
-    assert "Confocal_FISH/gt/2/avg50.png is missing" in reason
+    assert listed.rejected == []
+    assert listed.ignored == 1
+    assert any("1 captures of 1 fields left aside" in n and "Confocal_FISH/gt/2/avg50.png" in n for n in listed.notes)
     assert pairs_are_foundations(listed)
 
 

@@ -5,20 +5,37 @@ import sys
 import pytest
 
 from ray_pipeline.data.sources.fmd import list_fmd
-from ray_pipeline.data.sources.kinds import checked, known_kinds, source_of
+from ray_pipeline.data.sources.kinds import known_kinds, list_images, source_of
 from ray_pipeline.errors import UserError
 
 MODULE = """
 from ray_pipeline.data.sources.collection import Collection, SourceImage
 
+A = SourceImage("a.tif", "plates")
+
 def list_plates(root):
-    return Collection(root, [SourceImage("a.tif", "plates"), SourceImage("n.tif", "plates", pair="a.tif")])
+    return Collection(root, [A, SourceImage("n.tif", "plates", pair="a.tif", task="denoising")])
 
 def list_orphans(root):
-    return Collection(root, [SourceImage("a.tif", "plates"), SourceImage("n.tif", "plates", pair="b.tif")])
+    return Collection(root, [A, SourceImage("n.tif", "plates", pair="b.tif", task="denoising")])
 
 def list_twice(root):
     return Collection(root, [SourceImage("a.tif", "plates"), SourceImage("a.tif", "plates")])
+
+def list_far(root):
+    return Collection(root, [SourceImage("../a.tif", "plates")])
+
+def list_other_split(root):
+    return Collection(root, [SourceImage("a.tif", "plates", split="training")])
+
+def list_other_task(root):
+    return Collection(root, [A, SourceImage("n.tif", "plates", pair="a.tif", task="noise")])
+
+def list_other_metadata(root):
+    return Collection(root, [SourceImage("a.tif", "plates", metadata={"gain": 3})])
+
+def fails(root):
+    raise KeyError("oops")
 
 def list_names(root):
     return ["a.tif"]
@@ -48,7 +65,7 @@ def test_a_kind_of_another_package_is_known_and_lists_its_images(install, tmp_pa
     assert known_kinds()[:3] == ("sr-caco2", "fmd", "folder")
     install("plates", {"plates": "all_plates:list_plates"})
     assert known_kinds()[-1] == "plates"
-    collection = checked("plates", source_of("plates")(tmp_path))
+    collection = list_images("plates", tmp_path)
     assert [image.name for image in collection.images] == ["a.tif", "n.tif"]
     assert source_of("fmd") is list_fmd
 
@@ -82,10 +99,15 @@ def test_a_kind_that_two_packages_offer_is_refused(install):
     [
         ("list_orphans", r"source 'plates': n\.tif pairs with an image that it does not list"),
         ("list_twice", "source 'plates': a name stands twice"),
+        ("list_far", r"source 'plates' gave \.\./a\.tif a path that leaves its root"),
+        ("list_other_split", r"source 'plates' gave a\.tif the split 'training'"),
+        ("list_other_task", r"source 'plates' gave n\.tif the task 'noise'"),
+        ("list_other_metadata", r"source 'plates' gave a\.tif metadata gain"),
+        ("fails", r"source 'plates' of package plates 1\.2 fails \(KeyError: 'oops'\); correct its function"),
         ("list_names", "source 'plates' returned list, expected a Collection"),
     ],
 )
 def test_a_collection_that_contradicts_itself_is_refused(install, tmp_path, target, found):
     install("plates", {"plates": f"all_plates:{target}"})
     with pytest.raises(UserError, match=found):
-        checked("plates", source_of("plates")(tmp_path))
+        list_images("plates", tmp_path)

@@ -1,6 +1,7 @@
 """What cannot be used is listed and counted, and a data set appears whole or not at all."""
 
 import csv
+import os
 import re
 import shutil
 import socket
@@ -301,3 +302,30 @@ def test_a_partner_of_another_type_needs_a_fit(tmp_path, prepare_folder, read_ti
     prepare_folder(tmp_path / "in", tmp_path / "fitted", partners=rules, fit_partners=True)
     clean, noisy = (read_tiles(tmp_path / "fitted", kind) for kind in ("foundation", "degraded"))
     assert len(noisy) == len(clean) == 4
+
+
+@pytest.mark.parametrize("which", ["clean", "noisy"])
+def test_an_image_that_changes_while_it_is_prepared_stops_the_job(tmp_path, prepare_folder, cells, which):
+    for name in ("clean", "noisy"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        tifffile.imwrite(tmp_path / "in" / name / "a.tif", cells((64, 64)))
+
+    def report(stage, done, total):
+        if stage == "writing tiles" and done == 0:
+            tifffile.imwrite(tmp_path / "in" / which / "a.tif", cells((40, 64)))
+
+    rules = [("denoising", "noisy/(.*)", r"clean/\1")]
+    with pytest.raises(UserError, match=rf"{which}/a\.tif was written while it was prepared"):
+        prepare_folder(tmp_path / "in", tmp_path / "out", partners=rules, report=report)
+    assert not (tmp_path / "out" / "foundation" / "cells").exists()
+
+
+def test_a_name_that_no_text_file_can_hold_is_rejected(tmp_path, source, prepare_folder):
+    shutil.copy(source / "good0.tif", os.fsencode(source) + b"/caf\xe9.tif")
+    done = prepare_folder(source, tmp_path / "out", max_rejected=1)
+    assert [row.reason for row in done.rejected] == ["its name is not UTF-8; rename it"]
+    assert done.accepted + len(done.rejected) == done.listed == 7
+    assert (
+        "xe9" in (tmp_path / "out" / "foundation" / "cells" / "rejected.csv").read_text()
+        or "udce9" in (tmp_path / "out" / "foundation" / "cells" / "rejected.csv").read_text()
+    )

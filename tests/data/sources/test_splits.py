@@ -88,3 +88,12 @@ def test_an_image_goes_with_the_published_split_of_its_group():
 def test_images_without_a_group_are_split_one_by_one():
     split = split_images([SourceImage(name, "cells") for name in NAMES], 0.1, 0.05, seed=0)
     assert [list(split.values()).count(s) for s in ("train", "val", "test")] == [85, 10, 5]
+
+
+def test_every_kind_is_held_back():
+    kinds = [SourceImage(f"{kind}/{n}", "cells", kind, group=f"{kind}/{n}") for kind in "abcdef" for n in range(19)]
+    for seed in range(5):
+        split = split_images(kinds, 0.1, 0.0, seed)
+        held = [name[0] for name, to in split.items() if to == "val"]
+        assert len(held) == 11
+        assert set(held) == set("abcdef")

@@ -109,14 +109,34 @@ def test_fold_lists_decide_the_split(tmp_path):
 
 
 def test_patches_that_no_list_of_their_cell_and_scale_names_are_rejected(tmp_path):
-    release(tmp_path, tiles=(1, 7), cells=("CELL0", "CELL1"))
-    write_lists(tmp_path, "train", 2, (1,))
+    release(tmp_path, tiles=(1, 7, 9, 8), cells=("CELL0", "CELL1"))
+    for split, tile in (("train", 1), ("val", 7), ("test", 9)):
+        write_lists(tmp_path, split, 2, (tile,))
     listed = list_sr_caco2(tmp_path)
     reasons = dict(listed.rejected)
-    assert set(reasons) == {name_of(scale, 7) for scale in FOLDERS}
-    assert "named by none of the fold lists for CELL0" in reasons[name_of(1, 7)]
-    assert "named by none of the fold lists for CELL0" in reasons[name_of(2, 7)]
-    assert "missing or rejected" in reasons[name_of(4, 7)]
+    assert set(reasons) == {name_of(scale, 8) for scale in FOLDERS}
+    assert "named by none of the fold lists for CELL0" in reasons[name_of(1, 8)]
+    assert "named by none of the fold lists for CELL0" in reasons[name_of(2, 8)]
+    assert "is rejected" in reasons[name_of(4, 8)]
+
+
+def test_lists_of_one_split_leave_the_others_to_the_published_one(tmp_path):
+    release(tmp_path, tiles=(1, 7, 9), cells=("CELL0",))
+    write_lists(tmp_path, "train", 2, (1,))
+    listed = list_sr_caco2(tmp_path)
+    assert listed.rejected == []
+    assert {image.group: image.split for image in listed.images} == {
+        "tile_1": "train",
+        "tile_7": "val",
+        "tile_9": "test",
+    }
+
+
+def test_both_orders_of_a_list_are_read(tmp_path):
+    release(tmp_path, tiles=(1,), cells=("CELL0",))
+    lists = write_lists(tmp_path, "train", 2, (1,))
+    (lists / "h_l.txt").write_text((lists / "l_h.txt").read_text())
+    assert list_sr_caco2(tmp_path).rejected == []
 
 
 def test_files_of_a_list_that_are_not_there_are_noted(tmp_path):
@@ -145,7 +165,6 @@ def test_a_tile_in_two_splits_is_refused_with_file_and_line(tmp_path):
         (f"{name_of(2, 5)},{name_of(1, 6)}", "one CELL0 patch in hr_div_2"),
         (f"{name_of(2, 5)},{name_of(1, 5, row=0)}", "one CELL0 patch in hr_div_2"),
         (f"{name_of(4, 5)},{name_of(1, 5)}", "one CELL0 patch in hr_div_2"),
-        (f"{name_of(1, 5)},{name_of(2, 5)}", "one CELL0 patch in hr_div_2"),
         (f"{name_of(2, 5, cell='CELL1')},{name_of(1, 5, cell='CELL1')}", "one CELL0 patch in hr_div_2"),
     ],
 )
@@ -183,13 +202,14 @@ def test_a_partial_download_says_what_is_missing(tmp_path):
     ]
 
 
-def test_a_patch_without_its_high_resolution_patch_is_rejected(tmp_path):
+def test_a_patch_without_its_high_resolution_patch_is_left_aside_with_a_note(tmp_path):
     release(tmp_path, tiles=(1,), cells=("CELL0",))
     touch(tmp_path / name_of(2, 1, number=4, row=1152))
     listed = list_sr_caco2(tmp_path)
-    [(name, reason)] = listed.rejected
-    assert name == name_of(2, 1, number=4, row=1152)
-    assert name_of(1, 1, number=4, row=1152) in reason
+    assert listed.rejected == []
+    assert name_of(2, 1, number=4, row=1152) not in {image.name for image in listed.images}
+    assert "hr_div_2: 1 patches left aside, whose hr_div_1 patch is not here." in listed.notes
+    assert listed.ignored == 1
 
 
 def test_odd_names_are_rejected_and_other_files_counted(tmp_path):

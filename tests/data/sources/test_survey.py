@@ -5,6 +5,7 @@ import pytest
 import tifffile
 
 from ray_pipeline.data.sources.collection import SourceImage
+from ray_pipeline.data.sources.folder import list_folder
 from ray_pipeline.data.sources.planes import PlaneChoice
 from ray_pipeline.data.sources.survey import is_dim, ranges_of_surveys, survey_image, survey_images
 
@@ -110,3 +111,19 @@ def test_an_image_is_dim_only_when_every_channel_is(tmp_path, cells):
     groups = [found.group(c) for c in range(2)]
     assert is_dim(found, dict.fromkeys(groups, (0.0, 400.0)))
     assert not is_dim(found, {groups[0]: (0.0, 400.0), groups[1]: (0.0, 100.0)})
+
+
+@pytest.mark.parametrize("hot", [1e7, -3e4])
+def test_a_hot_pixel_does_not_take_the_bins_of_all_others(tmp_path, ray_cluster, hot):
+    rng = np.random.default_rng(0)
+    images = rng.gamma(2.0, 0.2, (3, 96, 96)).astype(np.float32)
+    images[1, 5, 6] = hot
+    for number, image in enumerate(images):
+        tifffile.imwrite(tmp_path / f"{number}.tif", image)
+    collection = list_folder(tmp_path, dataset="cells")
+    surveys, counts = survey_images(tmp_path, collection.images, 64, PlaneChoice(), lambda done: None)
+    found = ranges_of_surveys(tmp_path, surveys, counts, (0.1, 99.9), PlaneChoice())
+    (lo, hi), (background,) = *found.ranges.values(), found.background.values()
+    expected = np.percentile(images, (0.1, 99.9))
+    np.testing.assert_allclose((lo, hi), expected, atol=1e-3 * np.ptp(expected))
+    assert lo < background < hi
