@@ -9,7 +9,10 @@ DRILL = Path(__file__).parents[2] / "benchmarks" / "drill_encode.py"
 
 def test_a_store_whose_driver_or_actor_was_killed_equals_an_undisturbed_one():
     done = subprocess.run(
-        [sys.executable, DRILL, "--kills", "2", "--fields", "40"], capture_output=True, text=True, timeout=600
+        [sys.executable, DRILL, "--kills", "2", "--fields", "24", "--actors", "1"],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     kills = [line for line in done.stdout.splitlines() if line.startswith("kill ")]
