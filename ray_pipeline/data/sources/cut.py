@@ -44,10 +44,6 @@ class Unit:
     partners: tuple[Survey, ...]
     stems: dict[str, str]
 
-    @property
-    def names(self) -> list[str]:
-        return [survey.image.name for survey in (self.foundation, *self.partners)]
-
 
 @dataclass(frozen=True)
 class Cut:
