@@ -31,6 +31,11 @@ bench: $(STAMP)  ## full-size figures; needs 16 GB of free memory and nothing el
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/choices.py noise-embedding
+	$(BIN)/python benchmarks/choices.py hint-control
+	$(BIN)/python benchmarks/choices.py noisy-hints
 
 drill: $(STAMP)  ## kill -9 of the encode job at ten random moments; some minutes
 	$(BIN)/python benchmarks/drill_encode.py --kills 10

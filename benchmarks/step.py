@@ -117,7 +117,7 @@ def _plain_step(arguments: argparse.Namespace):
 
 
 def _our_precision(arguments: argparse.Namespace) -> str:
-    from ray_pipeline.training.setup import precision
+    from ray_pipeline.training.build import precision
 
     return precision(_config(arguments), "cpu")
 
@@ -137,6 +137,7 @@ def _config(arguments: argparse.Namespace):
         "optimizer.warmup_steps": 0,
         "optimizer.grad_clip": "null",
         "ema.start_step": 0,
+        "ema.power_stds": "[]",  # one average, as the plain loop has
     }
     return load_config(root / "configs" / "microscopy.yaml", [f"{key}={value}" for key, value in values.items()])
 
@@ -144,36 +145,29 @@ def _config(arguments: argparse.Namespace):
 def _our_step(arguments: argparse.Namespace):
     from ray_pipeline.data.mixture import Member, Mixture
     from ray_pipeline.data.plan import SamplePlan
-    from ray_pipeline.training.setup import (
-        PhaseRun,
-        make_edm,
-        make_ema,
-        make_network,
-        make_optimizer,
-        prepare_torch,
-    )
-    from ray_pipeline.training.state import TrainState
+    from ray_pipeline.training.build import make_edm, make_network, make_state, prepare_torch
+    from ray_pipeline.training.loss import TrainingLoss
+    from ray_pipeline.training.setup import PhaseRun
     from ray_pipeline.training.step import MicroBatch, optimize
 
     config = _config(arguments)
     prepare_torch(config, torch.device("cpu"), local_workers=1)
     torch.manual_seed(0)
-    network = make_network(config, hint_control=False)
-    state = TrainState(network=network, optimizer=make_optimizer(config, network), ema=make_ema(config, network))
-    phase = config.phases[0]
+    phase, edm = config.phases[0], make_edm(config)
+    state = make_state(config, make_network(config, phase))
     # everything an optimizer step touches; data, checkpoints and records have no part in it
     plan = SamplePlan(1000, config.train.global_batch, config.seed, phase.name)
     run = PhaseRun(
-        job=None, config=config, phase=phase, rank=0, world_size=1, device=torch.device("cpu"), edm=make_edm(config),
+        job=None, config=config, phase=phase, rank=0, world_size=1, device=torch.device("cpu"), edm=edm,
         mixture=Mixture((Member("rows", 0, 1000, None, simulated=False),), plan), train_store=None, val_store=None,
-        source=None, val_rows=None, val_simulated=None, checkpoints=None, newest=None, state=state, model=network,
+        source=None, val_rows=None, val_simulated=None, checkpoints=None, newest=None, state=state,
+        model=TrainingLoss(edm, state.network),
     )  # fmt: skip
     x0, noise, z = _batch(arguments)
     batches = [MicroBatch(x0=x0, noise=noise, z=z, hints=None, mask=None)]
 
     def step() -> float:
-        result = optimize(run, state.step, batches)
-        return float(result.loss_sum) / result.count
+        return optimize(run, state.step, batches).loss
 
     return step
 

@@ -15,8 +15,9 @@ from ray_pipeline.config import Config
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.ray_session import ray_session
+from ray_pipeline.training.build import make_edm, make_network, make_optimizer
 from ray_pipeline.training.launch import check_resources
-from ray_pipeline.training.setup import make_edm, make_network, make_optimizer, stream_cpus
+from ray_pipeline.training.setup import stream_cpus
 
 _PACKAGES = (
     "torch", "ray", "diffusers", "timm", "numpy", "pillow", "pandas", "opencv-python-headless", "pyarrow",
@@ -65,7 +66,7 @@ def _try_step(config: Config) -> str:
     shape = {**config.model.shape, "depth": 2, "architecture": "custom"}
     small = config.model_copy(update={"model": config.model.model_copy(update=shape)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, edm = make_network(small, hint_control=False).to(device), make_edm(config)
+    network, edm = make_network(small, small.phases[0]).to(device), make_edm(config)
     optimizer = make_optimizer(small, network)
     size = (2, config.model.latent_channels, config.model.latent_size, config.model.latent_size)
     x0 = config.scheduler.sigma_data * torch.randn(size, device=device)

@@ -55,13 +55,17 @@ class Checkpoint(Mapping[str, dict[str, Tensor]]):
     def bytes(self) -> int:
         return sum(entry["bytes"] for entry in self._files.values())
 
+    def path(self, group: str) -> str:
+        """Where the file of a group lies on the checkpoint's filesystem."""
+        return f"{self.folder}/{group}.safetensors"
+
     def verify(self) -> None:
         """Read every file and compare its hash; DamagedCheckpoint names the first that differs."""
         for group in self._files:
             self._read(group)
 
     def _read(self, group: str) -> bytes:
-        path = f"{self.folder}/{group}.safetensors"
+        path = self.path(group)
         try:
             with self._filesystem.open_input_file(path) as file:
                 data = file.read()
@@ -97,9 +101,16 @@ class CheckpointStore:
             raise UserError(f"checkpoint name {name!r} may hold letters, digits, '.', '_' and '-' only")
         return f"{self.root}/{name.removesuffix(SUFFIX)}{SUFFIX}"
 
-    def save(self, name: str, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping) -> str:
+    def save(
+        self,
+        name: str,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping,
+        metadata: Mapping[str, str] | None = None,
+    ) -> str:
         """Write and commit `groups` {file: {tensor name: tensor}} with `state` (JSON values); returns the name.
 
+        metadata: what every safetensors file says of itself, so that it can be used alone.
         FileExistsError when `name` is committed already. What an interrupted save left behind is replaced, and so is
         a damaged checkpoint: the run that fell back to an older one comes to this name again.
         """
@@ -110,7 +121,8 @@ class CheckpointStore:
         self._filesystem.create_dir(folder, recursive=True)
         files = {}
         for group, tensors in groups.items():
-            data = safetensors.torch.save({key: value.detach().contiguous().cpu() for key, value in tensors.items()})
+            plain = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+            data = safetensors.torch.save(plain, metadata=None if metadata is None else dict(metadata))
             files[group] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
             self._write(f"{folder}/{group}.safetensors", data)
         record = json.loads(json.dumps({"files": files, "state": dict(state)}))  # as it will be read

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ray_pipeline.cli_data import add_data_commands
+from ray_pipeline.cli_inference import add_inference_commands
 from ray_pipeline.cli_words import add_config, ascii_text, config_words, counts_in_words
 from ray_pipeline.errors import UserError
 
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on where the run in output_dir stopped")
     train.add_argument("--dry-run", action="store_true", help="print steps, memory, disk and time; write nothing")
     train.add_argument("--verbose", action="store_true", help="show what Ray's workers print")
+    add_inference_commands(partial(_add, commands))
     status = _add(commands, "status", _status, "print where a run stands", "ray-pipeline status demo_output/run")
     status.add_argument("run", type=Path, help="the run's output_dir")
     check = _add(commands, "check", _check, "verify the set-up: packages, device, autoencoder, Ray, a tiny step")

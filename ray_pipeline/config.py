@@ -19,6 +19,7 @@ from ray_pipeline.sections import (
     CheckpointConfig,
     DataConfig,
     EmaConfig,
+    HintControlConfig,
     ModelConfig,
     MonitoringConfig,
     OptimizerConfig,
@@ -43,6 +44,7 @@ class Config(Section):
     output_dir: str = "training_output"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    hint_control: HintControlConfig = HintControlConfig()
     vae: VaeConfig = VaeConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     ema: EmaConfig = EmaConfig()
@@ -102,6 +104,11 @@ class Config(Section):
             for name in phase.condition_types
         }
         return tuple(name for name in PAIRED_TYPES if name in used)
+
+    def has_lora(self, phase: PhaseConfig) -> bool:
+        """Whether a phase's network has low-rank parts: it trains them, or a phase before it did."""
+        before = self.phases[: self.phases.index(phase) + 1]
+        return bool(phase.condition_types) and any(earlier.trainable == "lora" for earlier in before)
 
     def dump(self) -> dict[str, Any]:
         """The resolved config as plain YAML/JSON values."""

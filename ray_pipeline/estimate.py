@@ -15,15 +15,15 @@ from ray_pipeline.config import Config
 from ray_pipeline.data.encode_job import EncodeJob
 from ray_pipeline.data.plan import SamplePlan
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.dit import NoiseEmbedder
+from ray_pipeline.models.noise_embedding import FREQUENCIES
 from ray_pipeline.monitoring.progress import format_bytes, format_count, format_seconds
 from ray_pipeline.sections import PhaseConfig
 from ray_pipeline.storage import is_uri
-from ray_pipeline.training.setup import make_network, precision
+from ray_pipeline.training.build import make_network, precision
 
 #: share of the measured matrix-multiply rate that a whole training step is assumed to reach
 ASSUMED_EFFICIENCY = 0.5
-_FLOAT = 4
+_FLOAT, _HALF = 4, 2
 #: kept for the backward pass, a token, block and unit of hidden size; counted with saved-tensor hooks
 _ACTIVATION_BYTES = {"fp32": 85, "bf16": 55}
 _MARGIN = 1.05  # room for logs, pictures and file headers
@@ -32,7 +32,7 @@ _MARGIN = 1.05  # room for logs, pictures and file headers
 @dataclass(frozen=True)
 class PhaseEstimate:
     """One phase: parameters (trainable), optimizer steps, samples, floating-point operations of all of it, bytes of
-    one checkpoint, and how many are kept at once at most."""
+    one checkpoint, how many are kept at once at most, and bytes of all snapshots of averages."""
 
     name: str
     parameters: int
@@ -41,15 +41,18 @@ class PhaseEstimate:
     flops: float
     checkpoint_bytes: int
     checkpoints: int
+    snapshot_bytes: int
 
 
 def estimate_phase(config: Config, phase: PhaseConfig, num_samples: int) -> PhaseEstimate:
     """Count, do not run: the network is built without memory."""
     with torch.device("meta"):
-        network = make_network(config, bool(phase.condition_types))
+        network = make_network(config, phase)
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in network.parameters()) - parameters
-    copies = 4 if config.ema.enabled else 3  # weights, two Adam moments, EMA
+    ema = config.ema
+    tracks = 1 + len(ema.more_decays) + len(ema.power_stds) if ema.enabled else 0
+    copies = 3 + tracks  # weights, two Adam moments, averages
     return PhaseEstimate(
         name=phase.name,
         parameters=parameters,
@@ -60,11 +63,13 @@ def estimate_phase(config: Config, phase: PhaseConfig, num_samples: int) -> Phas
         # the best and the last beside those of save_epochs, and a new one is committed before an old one goes; the
         # last epoch, where it is one of save_epochs, is not there before it is the new one
         checkpoints=len(phase.save_epochs) + (2 if phase.epochs in phase.save_epochs else 3),
+        snapshot_bytes=_HALF * parameters * len(ema.power_stds) * ema.snapshots if ema.enabled else 0,
     )
 
 
 def sample_flops(config: Config, phase: PhaseConfig) -> float:
-    """Floating-point operations of one trained sample: 2 a multiply-accumulate, backward twice the forward pass.
+    """Floating-point operations of one trained sample: 2 a multiply-accumulate, backward twice the forward pass, or as
+    much as it where the weights are frozen.
 
     A block has 12 hidden^2 parameters a token, 6 hidden^2 of adaLN a condition, and attention over all keys. The last
     block gives only queries, keys and values of the hints; one clean condition serves all hints of a micro-step.
@@ -75,12 +80,27 @@ def sample_flops(config: Config, phase: PhaseConfig) -> float:
     patch = config.model.latent_channels * shape["patch_size"] ** 2 * hidden
     blocks = tokens * hidden**2 * (12 * depth + hints * (12 * (depth - 1) + 3))
     attention = 2 * hidden * tokens**2 * (depth * (1 + hints) + hints * (depth - 1))
-    embedding = NoiseEmbedder.frequencies * hidden + hidden**2
-    conditions = (6 * depth * hidden**2 + embedding) * (1 + bool(hints) / config.train.batch_size)
-    final = 2 * hidden**2 + tokens * patch
-    # images and hints need no gradient themselves; a hint passes the shared and the aligned patch embedding
-    embedded = tokens * patch * (1 + 2 * hints)
-    return 6.0 * (blocks + attention + conditions + final) + 4.0 * embedded
+    embedding = FREQUENCIES * hidden + hidden**2
+    conditions = (6 * depth * hidden**2 + embedding) * (1 + bool(hints) / config.train.batch_size) + 2 * hidden**2
+    final = tokens * patch
+    # images and hints need no gradient themselves; a hint may pass the aligned patch embedding too
+    aligned = tokens * patch * hints * config.hint_control.aligned
+    embedded = tokens * patch * (1 + hints)
+    if phase.trainable == "lora":
+        return (
+            4.0 * (blocks + final + aligned)
+            + 6.0 * (attention + _lora_products(config, hints))
+            + 2.0 * (conditions + embedded)
+        )
+    return 6.0 * (blocks + attention + conditions + final) + 4.0 * (embedded + aligned)
+
+
+def _lora_products(config: Config, hints: int) -> float:
+    """Multiply-accumulates of the low-rank parts that hint tokens pass, a forward pass."""
+    hidden, depth, control = config.model.shape["hidden_size"], config.model.shape["depth"], config.hint_control
+    width = {"qkv": 4 * depth, "proj": 2 * (depth - 1), "fc1": 5 * (depth - 1), "fc2": 5 * (depth - 1)}
+    total = sum(width.get(name, 0) for name in control.lora_targets)
+    return hints * _tokens(config) * control.lora_rank * hidden * total
 
 
 def worker_memory(config: Config, phase: PhaseConfig) -> int:
@@ -104,7 +124,8 @@ def _tokens(config: Config) -> int:
 
 def output_bytes(phases: list[PhaseEstimate]) -> int:
     """Disk that the run directory needs at most."""
-    return int(_MARGIN * sum(phase.checkpoint_bytes * phase.checkpoints for phase in phases)) + 64 * 2**20
+    needed = sum(phase.checkpoint_bytes * phase.checkpoints + phase.snapshot_bytes for phase in phases)
+    return int(_MARGIN * needed) + 64 * 2**20
 
 
 def latents_bytes(job: EncodeJob, tiles: int) -> int:
@@ -181,7 +202,8 @@ def report(config: Config, job: EncodeJob, tiles: dict[str, int], samples: list[
             f"{sample_flops(config, phase) / 1e9:.1f} GFLOP a sample",
             f"  steps      {estimate.steps} in {phase.epochs} epochs, {format_count(estimate.samples)} samples",
             f"  saves      epochs {', '.join(map(str, phase.save_epochs))}, best, last: "
-            f"{format_bytes(estimate.checkpoint_bytes)} each",
+            f"{format_bytes(estimate.checkpoint_bytes)} each; averages for `ray-pipeline ema`: "
+            f"{format_bytes(estimate.snapshot_bytes)}",
             f"  memory     {format_bytes(worker_memory(config, phase))} a worker, about",
             f"  time       {format_seconds(seconds)}, about",
         ]

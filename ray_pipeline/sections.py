@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from ray_pipeline.models.architectures import ARCHITECTURES
+from ray_pipeline.models.architectures import ARCHITECTURES, LORA_TARGETS
 from ray_pipeline.plugins import HINTS, plugin_names
 
 CONDITION_TYPES = ("super_resolution", "denoising", "canny", "depth")
@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -74,7 +75,8 @@ class ModelConfig(Section):
     num_heads: Positive | None = None
     patch_size: Positive | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    noise_embedding: Literal["reference", "scaled"] = "scaled"
+    noise_embedding: Literal["reference", "scaled", "fourier"] = "scaled"
+    qk_norm: bool = False  # root-mean-square norm of each head's queries and keys
 
     @model_validator(mode="after")
     def _check_architecture(self) -> ModelConfig:
@@ -113,6 +115,30 @@ class ModelConfig(Section):
         return dict(ARCHITECTURES[self.architecture])
 
 
+class HintControlConfig(Section):
+    """How hints reach the network: as tokens always, and by the aligned path beside them.
+
+    lora_rank, lora_targets: of the low-rank parts that phases[].trainable: lora trains.
+    """
+
+    aligned: bool = True
+    lora_rank: Positive = 16
+    lora_targets: Annotated[tuple[Literal[LORA_TARGETS], ...], Field(min_length=1)] = (
+        "x_embedder",
+        "adaLN_modulation",
+        "qkv",
+        "proj",
+        "fc2",
+    )
+
+    @field_validator("lora_targets")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError(f"lora_targets lists an entry twice: {', '.join(names)}")
+        return names
+
+
 class VaeConfig(Section):
     """The autoencoder: `embedded`, a folder in diffusers format, or a hub id."""
 
@@ -145,15 +171,27 @@ class SchedulerConfig(Section):
 
 
 class EmaConfig(Section):
-    """Exponential moving average of the weights; validation and samples use it.
+    """Exponential moving averages of the weights; validation and samples use the one of `decay`.
 
-    Before `start_step` the average is a copy of the weights.
+    Before `start_step` that average is a copy of the weights. more_decays: tracked beside it. power_stds: relative
+    widths of power-function averages (Karras et al. 2024), stored `snapshots` times a phase: `ray-pipeline ema` makes
+    any other width from two of them.
     """
 
     enabled: bool = True
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    decay: Decay = 0.9999
     update_every: Positive = 1
     start_step: Annotated[int, Field(ge=0)] = 2000
+    more_decays: tuple[Decay, ...] = ()
+    power_stds: tuple[Annotated[float, Field(gt=0, le=0.25)], ...] = (0.05, 0.1)
+    snapshots: Annotated[int, Field(ge=0)] = 16
+
+    @model_validator(mode="after")
+    def _check_tracks(self) -> EmaConfig:
+        for key, values in (("more_decays", (self.decay, *self.more_decays)), ("power_stds", self.power_stds)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{key}: two averages of {max(values, key=values.count)}; name each once")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -177,6 +215,8 @@ class TrainConfig(Section):
     dataloader_workers: Positive = 1  # gather tasks a rank
     threads: Positive | None = None  # CPU threads a worker; default: the node's cores over its workers
     compile: bool = False
+    activation_checkpointing: bool = False  # less memory for one more forward pass
+    uncertainty_weighting: bool = False  # weigh noise levels by a learned uncertainty (Karras et al. 2024)
 
 
 class MonitoringConfig(Section):
@@ -234,6 +274,7 @@ class PhaseConfig(Section):
     epochs_to_save: tuple[Positive, ...] | None = None
     condition_types: tuple[str, ...] = ()
     condition_dropout: Fraction = 0.1
+    trainable: Literal["full", "lora"] = "full"  # lora: only what hints alone use; the network stays as it was
     datasets: tuple[DatasetChoice, ...] = ()  # default: every data set under data.root
     init: str | None = None  # a checkpoint folder; default: the best EMA weights of the phase before
     lr: PositiveFloat | None = None  # default: optimizer.lr
@@ -272,6 +313,11 @@ class PhaseConfig(Section):
             raise ValueError(
                 f"datasets: degradations of {chosen[0]} has no effect, since condition_types holds neither "
                 f"{' nor '.join(PAIRED_TYPES)}; leave it out"
+            )
+        if self.trainable == "lora" and not self.condition_types:
+            raise ValueError(
+                f"trainable: lora trains what hints use, but phase {self.name} has no condition_types; "
+                "give it some, or use trainable: full"
             )
         beyond = [e for e in self.epochs_to_save or () if e > self.epochs]
         if beyond:

@@ -48,12 +48,15 @@ def _losses(progress: phase_state.PhaseProgress) -> list[str]:
             f"  validation loss {metrics['val_loss']:.4f}, at the start {progress.baseline_val_loss:.4f} "
             f"(ratio {ratio:.3f})"
         )
-    if "hint_gain" in metrics:
-        error = metrics["hint_gain_standard_error"]
+    for gain in (name for name in metrics if name.split("/")[0] == "hint_gain"):
+        _, alone, hint = gain.partition("/")
+        right, shuffled, error = (
+            metrics[f"{name}{alone}{hint}"]
+            for name in ("val_loss_right_hints", "val_loss_shuffled_hints", "hint_gain_standard_error")
+        )
         lines.append(
-            f"  validation loss with the right hints {metrics['val_loss_right_hints']:.4f}, shuffled "
-            f"{metrics['val_loss_shuffled_hints']:.4f}: gain {metrics['hint_gain']:.4f} = "
-            f"{metrics['hint_gain'] / error:.1f} paired standard errors"
+            f"  validation loss with {f'{hint} alone, right' if hint else 'the right hints'} {right:.4f}, shuffled "
+            f"{shuffled:.4f}: gain {metrics[gain]:.4f} = {metrics[gain] / error:.1f} paired standard errors"
         )
     return lines
 

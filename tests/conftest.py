@@ -214,7 +214,7 @@ def run_job_here() -> Callable:
     def run(job):
         listing = list_tiles(job)
         expected = fingerprint(job, listing, load_autoencoder(job.autoencoder, posterior=job.posterior))
-        encoder = ShardEncoder(job, expected, use_gpu=False)
+        encoder = ShardEncoder(job, expected.store, use_gpu=False)
         for split in SPLITS:
             write_tile_table(Folder(job.store).child(split), LISTED_TILES, listing.rows[split], listing.datasets[split])
             for number in range(-(-len(listing.rows[split]) // job.shard_rows)):
@@ -268,6 +268,8 @@ def write_latents() -> Callable:
             "rejected": 0,
             "datasets": [{"name": "a", "start": 0, "count": rows, "partners": dict.fromkeys(simulated, rows)}],
             "shards": shards,
+            "autoencoder": {"pretrained": "embedded", "sha256": "a"},
+            "intensity": [],
         } | index
         root.child("train").write("index.json", json.dumps(index).encode())
         stats = LatentStats(np.zeros(channels), np.full(channels, std), rows, "f")
@@ -275,6 +277,28 @@ def write_latents() -> Callable:
         return LatentStore.open(root)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def header_for() -> Callable:
+    """(network, **fields) -> the WeightsHeader of a network's weights; `ema` and whatever else differs as fields."""
+    from ray_pipeline.models.weights import WeightsHeader
+
+    def header(network, **fields):
+        plain = {
+            "phase": "phase1",
+            "step": 0,
+            "network": network.shape,
+            "edm": {"sigma_data": 0.5},
+            "latents": {"mean": [0.0] * 4, "std": [1.0] * 4, "count": 10, "fingerprint": "f"},
+            "autoencoder": {"pretrained": "embedded", "sha256": "a"},
+            "intensity": [],
+            "hints": {},
+            "ema": None,
+        }
+        return WeightsHeader(**(plain | fields))
+
+    return header
 
 
 @pytest.hookimpl(wrapper=True)

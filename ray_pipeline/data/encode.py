@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import ray.data
@@ -32,6 +33,7 @@ from ray_pipeline.data.shard_encoder import (
 from ray_pipeline.data.tile_table import TileTable, write_tile_table
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import Autoencoder
+from ray_pipeline.models.weights import AutoencoderHeader
 from ray_pipeline.storage import Folder
 
 #: tables of tiles in the folder of a split, without rejected ones: of the rows that are stored, and of those that
@@ -39,16 +41,26 @@ from ray_pipeline.storage import Folder
 STORED_TILES, STREAMED_TILES = "tiles.arrow", "streamed_tiles.arrow"
 
 
-def fingerprint(job: EncodeJob, listing: Listing, autoencoder: Autoencoder) -> str:
-    """sha256 of manifests, autoencoder weights, and every setting that changes a stored byte."""
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a store is recognised by: sha256 of manifests, autoencoder and every setting that changes a stored byte; and
+    of the autoencoder alone."""
+
+    store: str
+    autoencoder: str
+
+
+def fingerprint(job: EncodeJob, listing: Listing, autoencoder: Autoencoder) -> Fingerprint:
+    """The fingerprint of the store that a job makes."""
     skipped = ("root", "store", "autoencoder", "batch_size", "max_rejected")
     settings = {k: v for k, v in dataclasses.asdict(job).items() if k not in skipped}
     settings["hint_settings"] = {name: hint_fingerprint(name, job.hint_settings[name]) for name in job.hints}
-    parts = [FORMAT_VERSION, settings, listing.fingerprint, autoencoder.fingerprint()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    weights = autoencoder.fingerprint()
+    parts = [FORMAT_VERSION, settings, listing.fingerprint, weights]
+    return Fingerprint(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), weights)
 
 
-def check_store(job: EncodeJob, expected: str) -> bool:
+def check_store(job: EncodeJob, expected: Fingerprint) -> bool:
     """True when a finished store with this fingerprint is there; UserError when it is another one, or when more tiles
     were left out of it than job.max_rejected.
 
@@ -59,10 +71,11 @@ def check_store(job: EncodeJob, expected: str) -> bool:
     if store.size("stats.json") < 0:
         return False
     found = read_stats(store).fingerprint
-    if found != expected:
+    if found != expected.store:
         raise UserError(
             f"{job.store} was encoded from other tiles, autoencoder or hint settings (fingerprint {found[:12]}, "
-            f"expected {expected[:12]}); run `ray-pipeline encode --overwrite` or set data.latents to another folder"
+            f"expected {expected.store[:12]}); run `ray-pipeline encode --overwrite` or set data.latents to another "
+            "folder"
         )
     tables = [(split, STORED_TILES) for split in SPLITS]
     if job.sample_rows is not None:
@@ -91,7 +104,7 @@ def stored_tiles(job: EncodeJob, listing: Listing) -> Listing:
 def encode(
     job: EncodeJob,
     listing: Listing,
-    expected: str,
+    expected: Fingerprint,
     *,
     actors: int,
     gpus_per_actor: float,
@@ -109,7 +122,7 @@ def encode(
         write_tile_table(store.child(split), LISTED_TILES, stored.rows[split], stored.datasets[split])
     records: dict[str, list[dict]] = {split: [] for split in SPLITS}
     counts = {split: len(rows) for split, rows in stored.rows.items()}
-    with closing(_shard_records(job, counts, expected, actors, gpus_per_actor)) as made:
+    with closing(_shard_records(job, counts, expected.store, actors, gpus_per_actor)) as made:
         for split, record in made:
             records[split].append(record)
             progress(record["rows"] + len(record["rejected"]))
@@ -129,7 +142,8 @@ def encode(
         shards.sort(key=shard_number)  # sums of floats depend on their order, too
         index = {
             "version": FORMAT_VERSION,
-            "fingerprint": expected,
+            "fingerprint": expected.store,
+            "autoencoder": AutoencoderHeader(pretrained=job.autoencoder, sha256=expected.autoencoder).model_dump(),
             "shape": job.shape,
             "posterior": job.posterior,
             "hints": job.hints,
@@ -137,11 +151,12 @@ def encode(
             "variants": job.variants,
             "rejected": len(listing.rejected) + sum(map(len, bad.values())),  # of the whole store
             "datasets": [dataclasses.asdict(entry) for entry in stored.datasets[split]],
+            "intensity": [entry.model_dump() for entry in listing.intensity],
             "shards": [{key: shard[key] for key in ("file", "rows", "bytes", "sha256")} for shard in shards],
         }
         write_json(store.child(split), "index.json", index)
         _remove_strays(store.child(split), shards)
-    stats = _statistics(records["train"], expected)
+    stats = _statistics(records["train"], expected.store)
     write_json(store, "stats.json", stats.as_json())
     return stats
 

@@ -1,7 +1,8 @@
 """The latent store: row-addressable fp16 latents and hint latents in numpy shards, with an index and statistics.
 
 <store>/stats.json                     per-channel mean and std of the training split, counts, fingerprint; written last
-<store>/<split>/index.json             shards with rows, bytes and sha256, columns, data sets, fingerprint
+<store>/<split>/index.json             shards with rows, bytes and sha256, columns, data sets, fingerprint, autoencoder,
+                                       intensity ranges of the training tiles in units of their source
 <store>/<split>/shard-00000.npy        (rows, variants, columns, C, H, W) fp16
 <store>/<split>/tiles.arrow            which tile each row is (data/tile_table.py)
 
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,12 +27,16 @@ from ray_pipeline.data.shards import REMEDY, Shard, shard_is_whole
 from ray_pipeline.errors import UserError
 from ray_pipeline.storage import Folder
 
-FORMAT_VERSION = 3
+if TYPE_CHECKING:  # it imports torch, which the actors that gather latents do without
+    from ray_pipeline.models.weights import AutoencoderHeader, IntensityRange
+
+FORMAT_VERSION = 4
 _OPEN_SHARDS = 256
 _REQUESTS = 32  # to object storage at once
 _HASHERS = 4  # shards that are verified at once
 _INDEX_KEYS = (
     "version", "fingerprint", "shape", "posterior", "hints", "simulated", "variants", "rejected", "datasets", "shards",
+    "autoencoder", "intensity",
 )  # fmt: skip
 
 
@@ -148,6 +154,20 @@ class LatentStore:
     def datasets(self) -> tuple[DataSet, ...]:
         """What the split holds, in the order of its rows."""
         return tuple(DataSet(**entry) for entry in self.index["datasets"])
+
+    @property
+    def autoencoder(self) -> AutoencoderHeader:
+        """What made the latents."""
+        from ray_pipeline.models.weights import AutoencoderHeader
+
+        return AutoencoderHeader(**self.index["autoencoder"])
+
+    @property
+    def intensity(self) -> tuple[IntensityRange, ...]:
+        """Ranges of the training tiles and partners in the units of their source, where these are known."""
+        from ray_pipeline.models.weights import IntensityRange
+
+        return tuple(IntensityRange(**entry) for entry in self.index["intensity"])
 
     def gather(
         self,

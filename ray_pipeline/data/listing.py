@@ -20,20 +20,23 @@ from ray_pipeline.data.latents import DataSet
 from ray_pipeline.data.manifest import SPLITS, bad_tiles, dataset_folders, file_size, load_manifest, load_pairs
 from ray_pipeline.data.optics import FWHM_FACTORS, fwhm_um, modality_key
 from ray_pipeline.data.rejected import Rejected, in_words
+from ray_pipeline.data.source_ranges import RangeTally, SourceRange, source_ranges
 from ray_pipeline.data.tile_table import TileRow
 from ray_pipeline.errors import UserError
+from ray_pipeline.models.weights import IntensityRange
 from ray_pipeline.sections import PARTNER_TYPES
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Tiles of every split in the order of their rows, the data sets' ranges, a hash of all of it, and the tiles that
-    are known to be bad before they are opened."""
+    """Tiles of every split in the order of their rows, the data sets' ranges, a hash of all of it, the tiles that are
+    known to be bad before they are opened, and the intensities of the training tiles in units of their source."""
 
     rows: dict[str, list[TileRow]]
     datasets: dict[str, list[DataSet]]
     fingerprint: str
     rejected: tuple[Rejected, ...] = ()
+    intensity: tuple[IntensityRange, ...] = ()
 
     def thinned(self, limit: int) -> Listing:
         """At most `limit` tiles of each data set and split, evenly spaced."""
@@ -86,11 +89,12 @@ def list_tiles(job: EncodeJob) -> Listing:
     ranges: dict[str, list[DataSet]] = {split: [] for split in SPLITS}
     digest = hashlib.sha256()
     rejected: list[Rejected] = []
+    tally = RangeTally()
     for folder in folders:
         pairs = _partners(job, folder.name)
         found: set[str] = set()
         for split in SPLITS:
-            listed = _split_rows(folder, split, job, pairs, digest, rejected)
+            listed = _split_rows(folder, split, job, pairs, digest, rejected, tally)
             ranges[split].append(_dataset(folder.name, rows[split], listed))
             found.update(row.id.removeprefix(f"{folder.name}/") for row in listed)
         found.update(row.id.removeprefix(f"{folder.name}/") for row in rejected)
@@ -111,7 +115,7 @@ def list_tiles(job: EncodeJob) -> Listing:
     for split in ("train", "val"):
         if not rows[split]:
             raise UserError(f"data.root={job.root} has no tile in split {split}; prepare the data with both splits")
-    return Listing(rows=rows, datasets=ranges, fingerprint=digest.hexdigest(), rejected=tuple(rejected))
+    return Listing(rows, ranges, digest.hexdigest(), tuple(rejected), tally.ranges())
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class _Partner:
     path: str  # relative to the data root
     sha256: str  # of the manifest, empty where it has none
     size: tuple[float, float]  # height and width as the manifest gives them, nan where it does not
+    source: SourceRange | None
 
 
 def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, list[_Partner]]]:
@@ -131,12 +136,12 @@ def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, list[_Partner
     heights, widths = (table[name] if name in table else [math.nan] * len(table) for name in ("height", "width"))
     partners: dict[str, dict[str, list[_Partner]]] = {}
     unknown: Counter[str] = Counter()
-    columns = (table["task"], table["pair_id"], table["image"], hashes, heights, widths)
-    for task, pair, image, sha256, height, width in zip(*columns, strict=True):
+    columns = (table["task"], table["pair_id"], table["image"], hashes, heights, widths, source_ranges(table))
+    for task, pair, image, sha256, height, width, source in zip(*columns, strict=True):
         if task not in PARTNER_TYPES:
             unknown[task] += 1
         elif task in job.hints:
-            partner = _Partner(_posix("degraded", dataset, image), sha256, (height, width))
+            partner = _Partner(_posix("degraded", dataset, image), sha256, (height, width), source)
             partners.setdefault(pair, {}).setdefault(task, []).append(partner)
     for task, rows in unknown.items():
         warnings.warn(
@@ -154,14 +159,15 @@ def _split_rows(
     pairs: dict[str, dict[str, list[_Partner]]],
     digest,
     rejected: list[Rejected],
+    tally: RangeTally,
 ) -> list[TileRow]:
-    """Good tiles of one manifest; the others are added to `rejected`."""
+    """Good tiles of one manifest; the others are added to `rejected`, and those of the training split are counted."""
     csv = folder / "manifests" / f"{split}.csv"
     if _is_empty(csv) or (split == "test" and not csv.is_file()):
         return []
     manifest = load_manifest(csv)
     bad = bad_tiles(manifest, job.tile_size)
-    widths = _psf_widths(manifest.table)
+    widths, sources = _psf_widths(manifest.table), source_ranges(manifest.table)
     digest.update(f"{folder.name}/{split}/{manifest.fingerprint()}".encode())
     rows = []
     for number, (identifier, image) in enumerate(zip(manifest.table["id"], manifest.table["image"], strict=True)):
@@ -176,6 +182,11 @@ def _split_rows(
         digest.update(json.dumps(named).encode())
         files = {hint: tuple(sorted(partner.path for partner in some)) for hint, some in partners.items()}
         rows.append(TileRow(tile, path, files, widths[number]))
+        if split == "train":
+            tally.add(folder.name, "tile", sources[number])
+            for hint, some in partners.items():
+                for partner in some:
+                    tally.add(folder.name, hint, partner.source)
     return rows
 
 

@@ -11,3 +11,6 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
     for size, (depth, hidden, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 }
+
+#: layers of the hint branch that may have a low-rank part (models/lora.py)
+LORA_TARGETS = ("x_embedder", "adaLN_modulation", "qkv", "proj", "fc1", "fc2")

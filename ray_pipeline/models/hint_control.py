@@ -23,18 +23,22 @@ class HintCache:
     """What the image tokens need of the hints: independent of the noise level.
 
     keys, values: one (B, heads, K*T, head_dim) tensor a block; aligned: (B, K, T, hidden) or None where the network
-    has no aligned path; mask: (B, K) bool, True = present; tokens: T.
+    has no aligned path; mask: (B, K) bool, True = present, or None where all are; count: K; tokens: T.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     aligned: Tensor | None
-    mask: Tensor
+    mask: Tensor | None
+    count: int
     tokens: int
 
     def masked(self, mask: Tensor | None) -> HintCache:
         """The same cache with only those hints present that `mask` (B, K) keeps as well; None keeps all."""
-        return self if mask is None else replace(self, mask=self.mask & present(mask, *self.mask.shape, mask.device))
+        mask = checked_mask(mask, len(self.keys[0]), self.count, self.keys[0].device)
+        if mask is None:
+            return self
+        return replace(self, mask=mask if self.mask is None else self.mask & mask)
 
 
 class AlignedHint(nn.Module):
@@ -51,22 +55,25 @@ class AlignedHint(nn.Module):
         return self.embedder(hints)
 
 
-def present(mask: Tensor | None, batch: int, hints: int, device: torch.device) -> Tensor:
-    """The hint mask as (B, K) bool; None means that every hint is present."""
+def checked_mask(mask: Tensor | None, batch: int, hints: int, device: torch.device) -> Tensor | None:
+    """The hint mask as (B, K) bool, None where every hint is present; ValueError for another shape."""
     if mask is None:
-        return torch.ones(batch, hints, dtype=torch.bool, device=device)
+        return None
     if mask.shape != (batch, hints):
         raise ValueError(f"hint_mask has shape {tuple(mask.shape)}, expected {(batch, hints)}")
     return mask.to(device=device, dtype=torch.bool)
 
 
-def attention_bias(cache: HintCache, image_tokens: int, strength: Tensor | None, dtype: torch.dtype) -> Tensor:
+def attention_bias(cache: HintCache, image_tokens: int, strength: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Additive attention bias (B, 1, 1, image_tokens + K*T): 0 for image tokens, ln(strength) for a present hint,
-    -inf for a masked one."""
-    bias = torch.zeros(cache.mask.shape, dtype=dtype, device=cache.mask.device)
+    -inf for a masked one; None where it would be 0 everywhere, so that attention takes its fastest path."""
+    if cache.mask is None and strength is None:
+        return None
+    bias = torch.zeros((len(cache.keys[0]), cache.count), dtype=dtype, device=cache.keys[0].device)
     if strength is not None:
         bias = bias + strength.to(bias).log()
-    bias = bias.masked_fill(~cache.mask, float("-inf"))
+    if cache.mask is not None:
+        bias = bias.masked_fill(~cache.mask, float("-inf"))
     bias = bias.repeat_interleave(cache.tokens, dim=1)
     return torch.nn.functional.pad(bias, (image_tokens, 0))[:, None, None, :]
 
@@ -76,7 +83,9 @@ def aligned_tokens(cache: HintCache, strength: Tensor | None) -> Tensor | None:
     (B, T, hidden) or None. So a hint whose strength goes to 0 fades out of the mean, as if it were absent."""
     if cache.aligned is None:
         return None
-    weight = cache.mask.to(cache.aligned.dtype)
+    weight = cache.aligned.new_ones(cache.aligned.shape[:2])
+    if cache.mask is not None:
+        weight = weight * cache.mask
     if strength is not None:
         weight = weight * strength.to(weight)
     total = weight.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)

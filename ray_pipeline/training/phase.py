@@ -17,6 +17,7 @@ from ray_pipeline.monitoring.events import StepEvent
 from ray_pipeline.training.pictures import draw_progress, draw_samples
 from ray_pipeline.training.records import PhaseRecords
 from ray_pipeline.training.setup import PhaseJob, PhaseRun, open_data, open_phase, stream_settings
+from ray_pipeline.training.snapshots import snapshot_is_due
 from ray_pipeline.training.step import StepResult, learning_rate, optimize, prepared, warm_up
 from ray_pipeline.training.validation import paired_gain, untrained_loss, validate
 
@@ -59,6 +60,8 @@ def ended_epochs(run: PhaseRun) -> range:
 def finish_step(run: PhaseRun, records: PhaseRecords | None) -> None:
     """What follows an update: validation, samples, checkpoint, in this order."""
     ended = ended_epochs(run)
+    if records and snapshot_is_due(run.state.step, run.total_steps, run.config.ema.snapshots):
+        records.snapshot()
     if not ended:
         if run.state.step % run.config.monitoring.val_check_interval == 0:
             validation = validate(run)
@@ -103,22 +106,31 @@ def measure_untrained(run: PhaseRun, records: PhaseRecords | None) -> None:
 
 
 def finish_phase(run: PhaseRun, records: PhaseRecords | None) -> None:
-    """After the last step: does the network use its hints? Then the phase is finished."""
+    """After the last step: does the network use its hints, all together and each alone? Then the phase is finished."""
     if run.hints:
-        right, shuffled = validate(run), validate(run, shuffled=True)
+        metrics = hint_metrics(run, run.hints)
+        for name in run.hints if len(run.hints) > 1 else ():
+            metrics |= {f"{key}/{name}": value for key, value in hint_metrics(run, (name,)).items()}
         if records:
-            gain, error = paired_gain(right, shuffled)
-            records.progress.metrics.update(
-                val_loss_right_hints=right.loss,
-                val_loss_shuffled_hints=shuffled.loss,
-                hint_gain=gain,
-                hint_gain_standard_error=error,
-            )
+            records.progress.metrics.update(metrics)
     if records:
         records.finish()
     if run.world_size > 1:
         torch.distributed.barrier()
     ray.train.report({"phase": run.phase.name, "step": run.state.step})
+
+
+def hint_metrics(run: PhaseRun, hints: tuple[str, ...]) -> dict[str, float]:
+    """Validation losses with these hints alone, right and shuffled among the tiles, and what the right ones gain; all
+    ranks call it."""
+    right, shuffled = validate(run, hints=hints), validate(run, hints=hints, shuffled=True)
+    gain, error = paired_gain(right, shuffled)
+    return {
+        "val_loss_right_hints": right.loss,
+        "val_loss_shuffled_hints": shuffled.loss,
+        "hint_gain": gain,
+        "hint_gain_standard_error": error,
+    }
 
 
 @dataclass
@@ -141,11 +153,8 @@ class Interval:
         self.since = time.perf_counter()
 
     def report(self, records: PhaseRecords | None) -> None:
-        """Mean loss over all ranks and the steps of this interval; all ranks call it."""
+        """Mean loss over the steps of this interval, and its pace."""
         run, count = self.run, len(self.results)
-        total = torch.stack([result.loss_sum for result in self.results]).sum()
-        if run.world_size > 1:
-            torch.distributed.all_reduce(total)
         samples = run.plan.global_batch * count
         if records:
             step = run.state.step
@@ -155,7 +164,7 @@ class Interval:
                     step=step,
                     position=step * run.plan.global_batch,
                     epoch=records.epoch(),
-                    loss=float(total) / samples,
+                    loss=math.fsum(result.loss for result in self.results) / count,
                     lr=learning_rate(run.config.optimizer, step - 1, run.total_steps, run.phase.lr),
                     grad_norm=self.results[-1].grad_norm,
                     samples_per_second=samples / max(self.seconds, 1e-9),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from ray_pipeline.checkpoints import CheckpointStore
+from ray_pipeline.data.hint_registry import resolve_hints
+from ray_pipeline.models.weights import LatentsHeader, WeightsHeader
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import CheckpointEvent, EventLog, PhaseEvent, ValidationEvent
 from ray_pipeline.training.pictures import draw_progress
 from ray_pipeline.training.setup import PhaseRun
+from ray_pipeline.training.snapshots import save_snapshot
 from ray_pipeline.training.validation import Validation
 
 #: a chart takes about a second, so it is drawn at most this often between epochs that are kept
@@ -72,7 +76,7 @@ class PhaseRecords:
                 loss=validation.loss,
                 standard_error=validation.standard_error,
                 loss_by_sigma=validation.by_sigma,
-                ema=run.state.ema_group or "weights",
+                ema=run.state.ema.group if run.state.ema else "weights",
             )
         )
         self.progress.metrics["val_loss"] = validation.loss
@@ -104,10 +108,10 @@ class PhaseRecords:
             "init": run.job.init,
             "val_loss": val_loss,
             "baseline_val_loss": progress.baseline_val_loss,
-            "latent_stats": run.train_store.stats.as_json(),
+            "weights": (header := self.header()).model_dump(mode="json"),
             "config": run.job.config,
         }
-        name = run.checkpoints.save(f"{run.phase.name}_{suffix}", run.state.groups(), state)
+        name = run.checkpoints.save(f"{run.phase.name}_{suffix}", run.state.groups(), state, header.metadata())
         if epoch is not None and (progress.best is None or val_loss < progress.best.val_loss):
             progress.best = phase_state.BestCheckpoint(checkpoint=name, val_loss=val_loss, epoch=epoch)
         progress.last = name
@@ -117,6 +121,25 @@ class PhaseRecords:
         self.events.emit(CheckpointEvent(run.phase.name, run.state.step, self.epoch(), name, kind, seconds))
         self.state.record("checkpoint", f"{name} ({kind})")
         self._write()
+
+    def header(self) -> WeightsHeader:
+        """What the weights of this step are."""
+        run = self.run
+        return WeightsHeader(
+            phase=run.phase.name,
+            step=run.state.step,
+            network=run.state.network.shape,
+            edm=asdict(run.edm),
+            latents=LatentsHeader(**run.train_store.stats.as_json()),
+            autoencoder=run.train_store.autoencoder,
+            intensity=run.train_store.intensity,
+            hints=resolve_hints(run.config.data.hints, run.hints),
+            ema=run.state.ema.group if run.state.ema else None,
+        )
+
+    def snapshot(self) -> None:
+        """Store the power-function averages of this step."""
+        save_snapshot(self.run, self.header())
 
     def finish(self) -> None:
         run = self.run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +26,10 @@ from ray_pipeline.data.tile_source import TileSource
 from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.diffusion.edm import EDM
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.dit import DiT, build_dit
 from ray_pipeline.sections import PhaseConfig
 from ray_pipeline.storage import Folder
-from ray_pipeline.training.ema import EMA
+from ray_pipeline.training.build import make_edm, make_network, make_state, precision, prepare_torch
+from ray_pipeline.training.loss import TrainingLoss
 from ray_pipeline.training.state import TrainState, load_weights
 
 
@@ -95,8 +94,8 @@ class PhaseData:
 
 @dataclass
 class PhaseRun(PhaseData):
-    """One worker's view of one phase; model: what runs the training passes, the network, compiled or not, under DDP
-    when there are several workers."""
+    """One worker's view of one phase; model: the TrainingLoss of the network, compiled or not, under DDP when there are
+    several workers."""
 
     edm: EDM
     state: TrainState
@@ -116,47 +115,6 @@ class PhaseRun(PhaseData):
 def checkpoint_folder(run_dir: str) -> str:
     """Where the checkpoints of a run lie."""
     return f"{run_dir}/checkpoints"
-
-
-def precision(config: Config, device_type: str) -> str:
-    """fp32 or bf16; `auto` is bf16 on CUDA and on a CPU that multiplies bf16 matrices itself, else fp32."""
-    if config.train.precision != "auto":
-        return config.train.precision
-    native = device_type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
-
-
-def make_edm(config: Config) -> EDM:
-    """The diffusion process of the scheduler section."""
-    keys = ("sigma_data", "sigma_min", "sigma_max", "rho", "prediction_type", "P_mean", "P_std")
-    return EDM(**{key: getattr(config.scheduler, key) for key in keys})
-
-
-def make_network(config: Config, hint_control: bool) -> DiT:
-    """The network of the model section; hint-conditioned phases have the aligned hint path."""
-    model = config.model
-    return build_dit(
-        "custom",
-        latent_size=model.latent_size,
-        latent_channels=model.latent_channels,
-        dropout=model.dropout,
-        noise_embedding=model.noise_embedding,
-        hint_control=hint_control,
-        **model.shape,
-    )
-
-
-def make_optimizer(config: Config, network: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters."""
-    settings = config.optimizer
-    return torch.optim.AdamW(
-        [p for p in network.parameters() if p.requires_grad],
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
 
 
 def open_data(job: PhaseJob) -> PhaseData:
@@ -198,14 +156,15 @@ def open_phase(data: PhaseData) -> PhaseRun:
     config, job = data.config, data.job
     prepare_torch(config, data.device, ray.train.get_context().get_local_world_size())
     torch.manual_seed(config.seed)  # initial weights, the same on every rank
-    network = make_network(config, bool(data.phase.condition_types)).to(data.device)
+    network = make_network(config, data.phase).to(data.device)
     if data.newest is None and job.init is not None:
         load_weights(network, open_checkpoint(job.init))
-    state = TrainState(network=network, optimizer=make_optimizer(config, network), ema=make_ema(config, network))
+    state = make_state(config, network)
     if data.newest is not None:
         state.restore(data.newest)
-    model = _parallel(config, network, data.device, data.world_size)
-    return PhaseRun(**vars(data), edm=make_edm(config), state=state, model=model)
+    edm = make_edm(config)
+    loss = TrainingLoss(edm, torch.compile(network) if config.train.compile else network, state.uncertainty)
+    return PhaseRun(**vars(data), edm=edm, state=state, model=_parallel(loss, data.device, data.world_size))
 
 
 def stream_settings(data: PhaseData) -> StreamSettings:
@@ -245,29 +204,10 @@ def run_folder(job: PhaseJob, *parts: str) -> Path:
     return Path(job.run_dir, *parts)
 
 
-def make_ema(config: Config, network: nn.Module) -> EMA | None:
-    """The average of the ema section; None when it is disabled."""
-    settings = config.ema
-    if not settings.enabled:
-        return None
-    return EMA(network, settings.decay, settings.update_every, settings.start_step)
-
-
-def prepare_torch(config: Config, device: torch.device, local_workers: int) -> None:
-    """Threads and determinism of this process."""
-    if device.type == "cpu":
-        # Ray sets OMP_NUM_THREADS to the worker's logical CPUs, which says nothing about the cores it may use
-        torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local_workers))
-    else:
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cuda.matmul.allow_tf32 = True
-
-
-def _parallel(config: Config, network: nn.Module, device: torch.device, world_size: int) -> nn.Module:
-    model = torch.compile(network) if config.train.compile else network
+def _parallel(loss: TrainingLoss, device: torch.device, world_size: int) -> nn.Module:
     if world_size == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        return loss
+    return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
 
 
 def _check_hints(phase: PhaseConfig, store: LatentStore) -> None:

@@ -10,60 +10,76 @@ from torch import Tensor, nn
 
 from ray_pipeline.checkpoints import Checkpoint
 from ray_pipeline.errors import UserError
-from ray_pipeline.models.architectures import ARCHITECTURES
 from ray_pipeline.models.dit import DiT
-from ray_pipeline.training.ema import EMA
+from ray_pipeline.models.loss_uncertainty import LossUncertainty
+from ray_pipeline.models.weights import header_in
+from ray_pipeline.training.ema import EMA, PowerTrack
 
 OPTIMIZER_GROUP = "optimizer"
 MODEL_GROUP = "model"
+UNCERTAINTY_GROUP = "loss_uncertainty"
+#: arguments of build_dit that decide what the base network computes; hint control may be new
+SHAPE_KEYS = (
+    "depth", "hidden_size", "num_heads", "patch_size", "latent_size", "latent_channels", "noise_embedding", "qk_norm",
+)  # fmt: skip
 
 
 @dataclass
 class TrainState:
-    """All that training changes. `step` optimizer steps are done in this phase."""
+    """All that training changes. `step` optimizer steps are done in this phase; the first of the averages is the one
+    that validation, samples and the next phase use."""
 
     network: DiT
     optimizer: torch.optim.AdamW
-    ema: EMA | None
+    averages: list[EMA | PowerTrack]
+    uncertainty: LossUncertainty | None = None
     step: int = 0
 
     @property
-    def ema_group(self) -> str | None:
-        """Name of the EMA's file, such as ema_decay_0.9999."""
-        return None if self.ema is None else f"ema_decay_{self.ema.decay}"
+    def ema(self) -> EMA | PowerTrack | None:
+        """The average that validation uses; None where there is none."""
+        return self.averages[0] if self.averages else None
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name."""
+        named = dict(self.network.named_parameters())
+        if self.uncertainty is not None:
+            named |= {f"{UNCERTAINTY_GROUP}.{name}": p for name, p in self.uncertainty.named_parameters()}
+        return {name: p for name, p in named.items() if p.requires_grad}
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Tensors to save, by file."""
         groups = {MODEL_GROUP: dict(self.network.state_dict()), OPTIMIZER_GROUP: self._optimizer_tensors()}
-        if self.ema is not None:
-            groups[self.ema_group] = self.ema.tensors()
-        return groups
+        if self.uncertainty is not None:
+            groups[UNCERTAINTY_GROUP] = dict(self.uncertainty.state_dict())
+        return groups | {average.group: average.tensors() for average in self.averages}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the state that `checkpoint` saved, with equal bits; UserError when its network or EMA is another."""
+        wanted = [average.group for average in self.averages] + [UNCERTAINTY_GROUP] * (self.uncertainty is not None)
+        missing = [group for group in wanted if group not in checkpoint]
+        if missing:
+            raise UserError(
+                f"checkpoint {checkpoint.folder} holds {', '.join(checkpoint)}, not {missing[0]}; "
+                "resume with the ema and train sections that it was trained with"
+            )
         _load_network(self.network, checkpoint[MODEL_GROUP], checkpoint)
         self._load_optimizer(checkpoint[OPTIMIZER_GROUP])
-        if self.ema is not None:
-            if self.ema_group not in checkpoint:
-                raise UserError(
-                    f"checkpoint {checkpoint.folder} holds {', '.join(checkpoint)}, not {self.ema_group}; "
-                    "resume with the ema.decay that it was trained with"
-                )
-            self.ema.load(checkpoint[self.ema_group])
+        if self.uncertainty is not None:
+            self.uncertainty.load_state_dict(checkpoint[UNCERTAINTY_GROUP])
+        for average in self.averages:
+            average.load(checkpoint[average.group])
         self.step = checkpoint.state["step"]
-
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {}
-        for name, parameter in self._named():
+        for name, parameter in self.trained().items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}/{key}"] = value
         return tensors
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._named():
+        for name, parameter in self.trained().items():
             own = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
             self.optimizer.state[parameter] = {
                 key: value.to(parameter.device) if key != "step" or self._step_on_device() else value
@@ -76,16 +92,17 @@ class TrainState:
 
 
 def load_weights(network: DiT, checkpoint: Checkpoint) -> None:
-    """Begin a phase from another phase's weights: the EMA where there is one. Hint control may be new, nothing else."""
-    averaged = [group for group in checkpoint if group.startswith("ema_decay_")]
+    """Begin a phase from another phase's weights: the average that it was validated by, where there is one. What hints
+    alone use may be new, nothing else."""
+    average = header_in(checkpoint.state, checkpoint.folder).ema
     weights = checkpoint[MODEL_GROUP]
-    if averaged:
-        weights = {**weights, **checkpoint[averaged[0]]}
-    _load_network(network, weights, checkpoint, may_be_new="aligned_hint.")
+    if average is not None:
+        weights = {**weights, **checkpoint[average]}
+    _load_network(network, weights, checkpoint, may_be_new=("aligned_hint.", "hint_lora."))
 
 
 def _load_network(
-    network: DiT, weights: dict[str, Tensor], checkpoint: Checkpoint, may_be_new: str | None = None
+    network: DiT, weights: dict[str, Tensor], checkpoint: Checkpoint, may_be_new: tuple[str, ...] = ()
 ) -> None:
     """load_state_dict with a UserError that says how the networks differ; the network is changed only if they agree."""
     differing = _differences(network, weights, checkpoint, may_be_new)
@@ -97,19 +114,17 @@ def _load_network(
     network.load_state_dict(weights, strict=False)
 
 
-def _differences(network: DiT, weights: dict[str, Tensor], checkpoint: Checkpoint, may_be_new: str | None) -> str:
+def _differences(network: DiT, weights: dict[str, Tensor], checkpoint: Checkpoint, may_be_new: tuple[str, ...]) -> str:
     """How a checkpoint's network differs from this one, in words; empty if it does not."""
-    # num_heads and noise_embedding change no tensor's shape: only the recorded config tells
-    trained = checkpoint.state.get("config", {}).get("model", {})
-    trained = trained | ARCHITECTURES.get(trained.get("architecture"), {})
+    # num_heads and noise_embedding change no tensor's shape: only the header tells
+    trained = header_in(checkpoint.state, checkpoint.folder).network
     keys = [
-        f"{key} {trained[key]}, not {value}" for key, value in network.shape.items() if trained.get(key, value) != value
+        f"{key} {trained[key]}, not {network.shape[key]}" for key in SHAPE_KEYS if trained[key] != network.shape[key]
     ]
     if keys:
         return "it has " + ", ".join(keys)
     own = {name: tensor.shape for name, tensor in network.state_dict().items()}
     given = {name: tensor.shape for name, tensor in weights.items()}
-    if may_be_new:
-        own = {name: shape for name, shape in own.items() if name in given or not name.startswith(may_be_new)}
+    own = {name: shape for name, shape in own.items() if name in given or not name.startswith(may_be_new)}
     wrong = [name for name in own if given.get(name) != own[name]] + [name for name in given if name not in own]
     return f"first differing parameter: {wrong[0]}" if wrong else ""

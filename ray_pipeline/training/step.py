@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,10 +38,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sum of this rank's sample losses (on its device), how many they are, and the norm of the joint gradient."""
+    """Mean loss over the global batch, and the norm of the joint gradient."""
 
-    loss_sum: Tensor
-    count: int
+    loss: float
     grad_norm: float
 
 
@@ -60,9 +60,10 @@ def stack_hints(values: dict[str, np.ndarray], names: tuple[str, ...], stats: La
 
 
 def optimize(run: PhaseRun, step: int, batches: list[MicroBatch]) -> StepResult:
-    """One optimizer step on all ranks together; the gradient is that of the mean loss over the global batch.
+    """One optimizer step on all ranks together; the gradient is that of the mean objective over the global batch.
 
-    Raises FloatingPointError on every rank when the joint gradient is not finite, before the weights change.
+    Raises FloatingPointError on every rank, before the weights change, when the loss or the joint gradient is not
+    finite.
     """
     state, plan = run.state, run.plan
     for group in state.optimizer.param_groups:
@@ -73,23 +74,26 @@ def optimize(run: PhaseRun, step: int, batches: list[MicroBatch]) -> StepResult:
         moved = batch.to(run.device)
         with _sync(run.model, last=number == len(batches) - 1):
             with run.autocast():
-                losses = _losses(run, moved)
+                losses, objectives = run.model(**vars(moved))
             # DDP averages over ranks; slices may differ by one sample, so each rank gives its sum
-            (losses.sum() * (run.world_size / plan.global_batch)).backward()
+            (objectives.sum() * (run.world_size / plan.global_batch)).backward()
         total += losses.detach().sum()
     limit = run.config.optimizer.grad_clip or math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(state.network.parameters(), limit))
-    if not math.isfinite(norm):
+    gradient = torch.nn.utils.clip_grad_norm_(state.trained().values(), limit)
+    if run.world_size > 1:
+        torch.distributed.all_reduce(total)  # a loss may be infinite on one rank and its gradient 0
+    loss, norm = torch.stack([total / plan.global_batch, gradient]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
-            f"phase {run.phase.name}, step {step + 1}: the gradient is {norm}; lower optimizer.lr or use "
-            "train.precision=fp32 and resume from the last checkpoint"
+            f"phase {run.phase.name}, step {step + 1}: the loss is {loss} and the gradient {norm}; lower optimizer.lr "
+            "or use train.precision=fp32 and resume from the last checkpoint"
         )
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step = step + 1
-    if state.ema is not None:
-        state.ema.update(state.step)
-    return StepResult(loss_sum=total, count=sum(len(batch.x0) for batch in batches), grad_norm=norm)
+    for average in state.averages:
+        average.update(state.step)
+    return StepResult(loss=loss, grad_norm=norm)
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int, phase_lr: float | None = None) -> float:
@@ -120,8 +124,8 @@ def warm_up(run: PhaseRun) -> None:
             mask=torch.ones((1, len(names)), dtype=torch.bool) if names else None,
         )
         with run.autocast():
-            losses = _losses(run, batch.to(run.device))
-        losses.sum().backward()
+            _, objectives = run.model(**vars(batch.to(run.device)))
+        objectives.sum().backward()
         run.state.optimizer.zero_grad(set_to_none=True)
 
 
@@ -143,11 +147,6 @@ def _micro_batch(data: PhaseData, values: dict[str, np.ndarray]) -> MicroBatch:
         hints=hints,
         mask=mask,
     )
-
-
-def _losses(run: PhaseRun, batch: MicroBatch) -> Tensor:
-    conditions = {} if batch.hints is None else {"hints": batch.hints, "hint_mask": batch.mask}
-    return run.edm.loss(run.model, batch.x0, run.edm.sigma_from_normal(batch.z), batch.noise, **conditions)
 
 
 def _sync(model: torch.nn.Module, last: bool) -> AbstractContextManager:

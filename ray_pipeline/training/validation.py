@@ -57,11 +57,12 @@ def paired_gain(right: Validation, shuffled: Validation) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def validate(run: PhaseRun, *, shuffled: bool = False) -> Validation:
+def validate(run: PhaseRun, *, hints: tuple[str, ...] | None = None, shuffled: bool = False) -> Validation:
     """Validation loss of the EMA weights; all ranks call it and get the same result.
 
-    With `shuffled`, each tile gets the hints of another one.
+    hints: those that are given, default all of the phase. With `shuffled`, each tile gets the hints of another one.
     """
+    given = run.hints if hints is None else hints
     sigmas = run.edm.validation_sigmas(run.config.monitoring.val_noise_levels)
     tiles = run.val_rows
     losses = torch.zeros((len(tiles), len(sigmas)), dtype=torch.float64, device=run.device)
@@ -71,20 +72,20 @@ def validate(run: PhaseRun, *, shuffled: bool = False) -> Validation:
             own = np.arange(start, min(start + run.config.train.batch_size * run.world_size, len(tiles)))
             own = own[own % run.world_size == run.rank]
             if len(own):
-                _fill(run, network, own, sigmas, losses, shuffled)
+                _fill(run, network, own, sigmas, losses, given, shuffled)
     network.train()
     if run.world_size > 1:
         torch.distributed.all_reduce(losses)
     return Validation(losses=losses.cpu().numpy(), sigmas=sigmas.numpy())
 
 
-def _fill(run: PhaseRun, network, own: np.ndarray, sigmas, losses, shuffled: bool) -> None:
+def _fill(run: PhaseRun, network, own: np.ndarray, sigmas, losses, given: tuple[str, ...], shuffled: bool) -> None:
     x0 = _tiles(run, run.val_store, run.val_rows[own])
     conditions = {}
-    if run.hints:
+    if given:
         source = other_tiles(run.val_rows)[own] if shuffled else own
-        values = run.val_store.gather(run.val_rows[source], hints=run.hints, simulated=run.val_simulated[source])
-        hints = stack_hints(values, run.hints, run.val_store.stats, run.config.scheduler.sigma_data)
+        values = run.val_store.gather(run.val_rows[source], hints=given, simulated=run.val_simulated[source])
+        hints = stack_hints(values, given, run.val_store.stats, run.config.scheduler.sigma_data)
         with run.autocast():
             conditions["hints"] = network.encode_hints(hints.to(run.device))
     for level in range(len(sigmas)):

@@ -19,6 +19,7 @@ from ray_pipeline.data.manifest import SPLITS, load_manifest, load_pairs, write_
 from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.data.tiles import read_tile
 from ray_pipeline.errors import UserError
+from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.sections import PAIRED_TYPES
 from ray_pipeline.storage import Folder
 
@@ -73,6 +74,16 @@ def test_statistics_are_those_of_all_variants_of_the_training_tiles(encoded):
     np.testing.assert_allclose(stats["mean"], values.mean(axis=1), rtol=1e-9)
     np.testing.assert_allclose(stats["std"], values.std(axis=1), rtol=1e-9)
     assert stats["count"] == TRAIN
+
+
+def test_the_index_tells_the_autoencoder_and_the_ranges_of_the_training_tiles(encoded):
+    listed = list_tiles(encoded).intensity
+    assert {entry.role for entry in listed} == {"tile", *PAIRED_TYPES}
+    for split in ("train", "val"):
+        stored = LatentStore.open(Path(encoded.store, split))
+        assert stored.intensity == listed
+        assert stored.autoencoder.pretrained == encoded.autoencoder
+        assert stored.autoencoder.sha256 == load_autoencoder(encoded.autoencoder).fingerprint()
 
 
 def test_a_job_cut_off_half_way_goes_on_with_two_actors_to_the_same_bytes(encoded, tmp_path, run_job, fingerprint_of):

@@ -3,6 +3,8 @@
 import json
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from ray_pipeline.data import latents
 from ray_pipeline.data.latents import FORMAT_VERSION, DataSet, LatentStats, LatentStore, parse_stats
 from ray_pipeline.data.shards import write_shard
 from ray_pipeline.errors import UserError
+from ray_pipeline.models.weights import AutoencoderHeader, IntensityRange
 from ray_pipeline.storage import Folder
 
 SHAPE = (4, 8, 8)
@@ -21,6 +24,11 @@ HINTS = ("super_resolution", "denoising", "canny")
 SIMULATED = ("denoising",)  # the one hint that also comes from the tile
 COLUMNS = ("latent", *(f"hint.{hint}" for hint in HINTS), "simulated.denoising")
 VARIANTS = 2
+AUTOENCODER = AutoencoderHeader(pretrained="some/autoencoder", sha256="a" * 64)
+INTENSITY = (
+    IntensityRange(dataset="one", role="tile", channel=0, dtype="uint16", low=90.5, high=4000.0, tiles=5),
+    IntensityRange(dataset="two", role="denoising", channel=1, dtype="float32", low=-0.25, high=1.5, tiles=3),
+)
 ROWS = sum(SHARD_ROWS)
 
 
@@ -50,6 +58,8 @@ def write_store(root: Folder) -> dict[str, np.ndarray]:
             {"name": "two", "start": 6, "count": 10, "partners": {}},
         ],
         "shards": shards,
+        "autoencoder": AUTOENCODER.model_dump(),
+        "intensity": [entry.model_dump() for entry in INTENSITY],
     }
     folder.write("index.json", json.dumps(index).encode())
     plain = values[:, :, 0].astype(np.float64)
@@ -365,3 +375,15 @@ def test_a_store_that_must_not_be_read_is_not_called_damaged(s3_server):
     s3_server.make_bucket("locked", {"Version": "2012-10-17", "Statement": [deny]})
     with pytest.raises(UserError, match=r"s3://locked/index\.json cannot be used .*ACCESS_DENIED.*credentials"):
         LatentStore.open(uri)
+
+
+def test_a_store_tells_its_autoencoder_and_the_ranges_of_its_training_tiles(store):
+    opened = store.open()
+    assert opened.autoencoder == AUTOENCODER
+    assert opened.intensity == INTENSITY
+
+
+def test_what_gathers_latents_does_without_torch():
+    """Of the actors that feed a rank each would otherwise take its memory and seconds."""
+    code = "import sys; import ray_pipeline.data.latents; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -15,6 +15,7 @@ from ray_pipeline.data.listing import Listing, list_tiles, spread
 from ray_pipeline.data.manifest import SPLITS, load_manifest, load_pairs, write_manifests
 from ray_pipeline.data.tile_reader import Request, TileReader
 from ray_pipeline.errors import UserError
+from ray_pipeline.models.weights import IntensityRange
 from ray_pipeline.sections import PAIRED_TYPES, PARTNER_TYPES
 
 TRAIN, VAL = 24, 8  # tiles of tiny_data
@@ -310,3 +311,58 @@ def test_manifests_of_the_earlier_preprocessing_load_and_pair_by_equal_ids(tmp_p
     for row in listing.rows["train"]:
         images = reader.images(Request(row, (0,), ("latent", "hint.denoising", "hint.canny")))
         assert [image.shape for _, image in images] == [(64, 64)] * 3
+
+
+def edit(csv: Path, **columns) -> None:
+    """Write columns of a manifest; a function gets the table."""
+    table = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    for name, values in columns.items():
+        table[name] = values(table) if callable(values) else values
+    table.to_csv(csv, index=False)
+
+
+def test_the_ranges_of_a_group_are_those_that_all_its_training_tiles_agree_on(root, job_for):
+    """Recomputed with pandas: groups by data set, role, channel and dtype, of the training tiles and their partners."""
+    add_data_set(root, "another")
+    for csv in (root / "foundation/another/manifests").glob("*.csv"):
+        edit(csv, dtype="float32", channel_idx="0", norm_lo="-0.5", norm_hi="2.25")
+    partners = root / "degraded/simulated/manifests/manifest.csv"
+    edit(partners, norm_lo=lambda table: [str(i) for i in range(len(table))], norm_hi="70000")
+    denoising = pd.read_csv(partners)["task"] == "denoising"
+    edit(partners, norm_lo=lambda table: table["norm_lo"].where(~denoising, "7"))
+    found = list_tiles(job_for(root, *PAIRED_TYPES)).intensity
+    expected = {("another", "tile", 0, "float32", -0.5, 2.25): TRAIN}
+    train = load_manifest(root / "foundation/simulated", "train").table
+    for (channel, dtype), rows in train.groupby(["channel_idx", "dtype"]):
+        assert rows["norm_lo"].nunique() == rows["norm_hi"].nunique() == 1
+        first = rows.iloc[0]
+        expected["simulated", "tile", channel, dtype, first["norm_lo"], first["norm_hi"]] = len(rows)
+        pairs = load_pairs(root, "simulated")
+        mine = pairs[pairs["pair_id"].isin(rows["id"]) & (pairs["task"] == "denoising")]
+        for partner_channel, some in mine.groupby("channel_idx"):
+            key = ("simulated", "denoising", partner_channel, dtype, 7.0, 70000.0)
+            expected[key] = expected.get(key, 0) + len(some)
+    assert {(e.dataset, e.role, e.channel, e.dtype, e.low, e.high): e.tiles for e in found} == expected
+    assert not any(entry.role == "super_resolution" for entry in found)  # fitted pair by pair
+    assert list(found) == sorted(found, key=lambda e: (e.dataset, e.role, e.channel, e.dtype))
+
+
+@pytest.mark.parametrize("value", ["", "inf", "1e9"])
+def test_one_tile_of_another_or_no_range_leaves_its_group_out_and_bad_tiles_do_not_count(root, job_for, value):
+    csv = root / "foundation/simulated/manifests/train.csv"
+    edit(csv, channel_idx="2", norm_lo="100", norm_hi="4000")
+    assert list_tiles(job_for(root, "canny")).intensity == (
+        IntensityRange(dataset="simulated", role="tile", channel=2, dtype="uint16", low=100, high=4000, tiles=TRAIN),
+    )
+    edit(csv, norm_lo=lambda table: [value, *table["norm_lo"][1:]])
+    assert list_tiles(job_for(root, "canny")).intensity == ()
+    (root / "foundation/simulated" / load_manifest(csv).table["image"][0]).unlink()
+    (only,) = list_tiles(job_for(root, "canny", max_rejected=1)).intensity
+    assert (only.low, only.tiles) == (100, TRAIN - 1)
+
+
+@pytest.mark.parametrize("column", ["channel_idx", "norm_lo", "norm_hi", "dtype"])
+def test_manifests_that_do_not_tell_intensities_give_no_range(root, job_for, column):
+    for csv in root.glob("*/simulated/manifests/*.csv"):
+        pd.read_csv(csv, dtype=str, keep_default_na=False).drop(columns=column).to_csv(csv, index=False)
+    assert list_tiles(job_for(root, *PAIRED_TYPES)).intensity == ()

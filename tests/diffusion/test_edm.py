@@ -29,35 +29,43 @@ def network(x, c_noise):
     return torch.tanh(x.flip(-1)) + c_noise.view(-1, 1, 1, 1) * x.cos()
 
 
-def latents(seed=0, dtype=torch.float32):
-    return torch.randn(len(SIGMAS), 4, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def latents(seed=0, dtype=torch.float32, count=5):
+    return torch.randn(count, 4, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def all_levels(dtype):
+    return torch.logspace(-3, math.log10(80), 40, dtype=dtype)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
-def test_coefficients_are_diffusers(prediction_type, sigma_data):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_coefficients_are_diffusers(prediction_type, sigma_data, dtype, tolerance):
+    """Each one by itself, relative error, from below the sampling grid's sigma_min up to its sigma_max."""
     edm = EDM(sigma_data=sigma_data, prediction_type=prediction_type)
-    scheduler, x, output = scheduler_of(edm), latents(), latents(1)
-    sigma = torch.tensor(SIGMAS)
-    c_skip, c_out, c_in, c_noise = edm.preconditioning(sigma)
-    for row in range(len(SIGMAS)):
-        level = sigma[row]
-        torch.testing.assert_close(c_in[row] * x[row], scheduler.precondition_inputs(x[row], level))
-        torch.testing.assert_close(c_noise[row], scheduler.precondition_noise(level))
-        expected = scheduler.precondition_outputs(x[row], output[row], level)
-        torch.testing.assert_close(c_skip[row] * x[row] + c_out[row] * output[row], expected)
+    scheduler, sigma = scheduler_of(edm), all_levels(dtype)
+    one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
+    expected = (
+        scheduler.precondition_outputs(one, zero, sigma),
+        scheduler.precondition_outputs(zero, one, sigma),
+        scheduler.precondition_inputs(one, sigma),
+        scheduler.precondition_noise(sigma),
+    )
+    for ours, theirs in zip(edm.preconditioning(sigma), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_denoise_is_diffusers(prediction_type):
-    edm = EDM(prediction_type=prediction_type)
-    scheduler, x, sigma = scheduler_of(edm), latents(), torch.tensor(SIGMAS)
+    """In float64, element by element; relative error 1e-6."""
+    edm, sigma = EDM(prediction_type=prediction_type), all_levels(torch.float64)
+    scheduler, x = scheduler_of(edm), latents(count=len(sigma), dtype=torch.float64)
     denoised = edm.denoise(network, x, sigma)
-    for row in range(len(SIGMAS)):
-        one, level = x[row : row + 1], sigma[row]
+    for row, level in enumerate(sigma):
+        one = x[row : row + 1]
         output = network(scheduler.precondition_inputs(one, level), scheduler.precondition_noise(level).view(1))
         expected = scheduler.precondition_outputs(one, output, level)
-        torch.testing.assert_close(denoised[row : row + 1], expected)
+        torch.testing.assert_close(denoised[row : row + 1], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("num_steps", [2, 18, 50])
@@ -69,7 +77,7 @@ def test_sampling_grid_is_diffusers(num_steps, options):
     sigmas = edm.sigmas(num_steps)
     assert sigmas.shape == (num_steps + 1,)
     assert sigmas[-1] == 0
-    torch.testing.assert_close(sigmas.float(), scheduler.sigmas, rtol=2e-5, atol=0)
+    torch.testing.assert_close(sigmas.float(), scheduler.sigmas, rtol=1e-6, atol=0)
 
 
 def test_sampling_grid_is_equation_5():

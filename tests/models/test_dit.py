@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from scipy import stats as distributions
 
-from ray_pipeline.models.dit import ARCHITECTURES, NoiseEmbedder, build_dit, sincos_positions
+from ray_pipeline.models.dit import ARCHITECTURES, build_dit, sincos_positions
+from ray_pipeline.models.noise_embedding import NoiseEmbedder
 
 TINY = {"latent_size": 8, "depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2}
 
@@ -61,10 +63,10 @@ def test_unknown_architecture_is_refused_by_name():
 
 
 def test_fresh_network_returns_exactly_zero():
-    for hint_control in (False, True):
-        network = build_dit("custom", **TINY, hint_control=hint_control)
+    for aligned in (False, True):
+        network = build_dit("custom", **TINY, aligned=aligned)
         x, c_noise = inputs()
-        hints = torch.randn(3, 2, 4, 8, 8) if hint_control else None
+        hints = torch.randn(3, 2, 4, 8, 8) if aligned else None
         assert (network(x, c_noise, hints) == 0).all()
 
 
@@ -133,7 +135,7 @@ def test_equals_diffusers_dit_with_the_same_weights():
         for timestep in (c_noise, torch.tensor([0.0, 500.0, 999.0])):
             expected = twin(x, timestep=timestep, class_labels=torch.zeros(3, dtype=torch.long)).sample
             assert expected.abs().max() > 0.1
-            torch.testing.assert_close(network(x, timestep), expected, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(network(x, timestep), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_reference_weights_load_leaving_only_the_class_embedder_aside():
@@ -186,7 +188,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
 def test_activation_checkpointing_gives_equal_gradients(dropout):
     gradients = []
     for checkpointing in (False, True):
-        network = tiny_dit(dropout=dropout, hint_control=True, activation_checkpointing=checkpointing)
+        network = tiny_dit(dropout=dropout, aligned=True, activation_checkpointing=checkpointing)
         x, c_noise = inputs()
         torch.manual_seed(7)
         network(x, c_noise, torch.ones(3, 2, 4, 8, 8)).square().mean().backward()
@@ -194,10 +196,10 @@ def test_activation_checkpointing_gives_equal_gradients(dropout):
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_scaled_noise_embedding_varies_in_more_dimensions_than_the_reference():
+def test_scaled_and_fourier_embeddings_vary_in_more_dimensions_than_the_reference():
     c_noise = torch.linspace(-1.55, 1.10, 2000)
     varying = {}
-    for kind in ("reference", "scaled"):
+    for kind in ("reference", "scaled", "fourier"):
         embedder = NoiseEmbedder(8, kind)
         seen = []
         embedder.mlp[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
@@ -205,6 +207,44 @@ def test_scaled_noise_embedding_varies_in_more_dimensions_than_the_reference():
         varying[kind] = int((seen[0].std(dim=0) > 0.1).sum())
     assert varying["reference"] == pytest.approx(37, abs=3)
     assert varying["scaled"] > 200
+    assert varying["fourier"] > 200
+
+
+def test_fourier_features_are_cosines_of_frequencies_that_are_saved_with_the_weights():
+    """sqrt(2) cos(2 pi (f c + phi)), f standard normal, phi uniform, the same in every network (EDM2)."""
+    network = tiny_dit(seed=0, noise_embedding="fourier")
+    features, state = network.t_embedder.fourier, tiny_dit(seed=5, noise_embedding="fourier").state_dict()
+    frequencies, phases = (state[f"t_embedder.fourier.{name}"].double().numpy() for name in ("frequencies", "phases"))
+    assert distributions.kstest(frequencies, "norm").pvalue > 1e-3
+    assert distributions.kstest(phases, "uniform").pvalue > 1e-3
+    c_noise = torch.tensor([-1.5, 0.0, 0.7])
+    expected = np.sqrt(2) * np.cos(2 * np.pi * (np.outer(c_noise.double().numpy(), frequencies) + phases))
+    np.testing.assert_allclose(features(c_noise).numpy(), expected, atol=1e-5)
+
+
+def test_qk_norm_divides_each_head_by_its_root_mean_square():
+    """Attention of normalised queries and keys, by hand in float64."""
+    network = tiny_dit(qk_norm=True)
+    attention = network.blocks[0].attn
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3))
+    q, k, v = (part.double().numpy().reshape(2, 16, 4, 8) for part in attention.qkv(x).detach().chunk(3, dim=-1))
+    scales = [attention.q_norm.weight, attention.k_norm.weight]
+    q, k = (
+        part / np.sqrt((part**2).mean(axis=-1, keepdims=True) + 1e-6) * scale.detach().double().numpy()
+        for part, scale in zip((q, k), scales, strict=True)
+    )
+    scores = np.exp(np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(8))
+    attended = np.einsum("bhij,bjhd->bihd", scores / scores.sum(axis=-1, keepdims=True), v).reshape(2, 16, 32)
+    expected = attended @ attention.proj.weight.detach().double().numpy().T + attention.proj.bias.detach().numpy()
+    np.testing.assert_allclose(attention.attend(*attention.heads(x)).detach().numpy(), expected, atol=1e-5)
+
+
+def test_qk_norm_bounds_the_scores_of_huge_activations():
+    attention = tiny_dit(qk_norm=True).blocks[0].attn
+    torch.nn.init.ones_(attention.q_norm.weight)
+    torch.nn.init.ones_(attention.k_norm.weight)
+    q, k, _ = attention.heads(1e4 * torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3)))
+    assert float((q @ k.transpose(-1, -2)).detach().abs().max()) <= 8 * 1.001
 
 
 def test_every_sample_of_a_batch_is_computed_alone():
@@ -217,7 +257,7 @@ def test_every_sample_of_a_batch_is_computed_alone():
 
 
 def test_bf16_autocast_stays_close_to_fp32():
-    network = tiny_dit(hint_control=True).eval()
+    network = tiny_dit(aligned=True).eval()
     x, c_noise = inputs()
     hints = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[True, False], [True, True], [False, False]])

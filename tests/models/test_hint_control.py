@@ -3,23 +3,36 @@
 import pytest
 import torch
 
+from ray_pipeline.diffusion.edm import EDM
+from ray_pipeline.models.architectures import LORA_TARGETS
 from ray_pipeline.models.dit import build_dit
 
 SIZES = {"latent_size": 8, "depth": 3, "hidden_size": 32, "num_heads": 4, "patch_size": 2}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-def network_with_hints(hint_control=True, seed=0):
+
+def network_with_hints(aligned=True, seed=0, **overrides):
     torch.manual_seed(seed)
-    network = build_dit("custom", **SIZES, hint_control=hint_control)
+    network = build_dit("custom", **SIZES, aligned=aligned, **overrides)
     for parameter in network.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     return network.eval()
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["aligned", "tokens only"])
+LORA = {"lora_rank": 2, "lora_targets": LORA_TARGETS}
+KINDS = {
+    "aligned": {},
+    "tokens only": {"aligned": False},
+    "lora": LORA,
+    "lora, tokens only": {"aligned": False} | LORA,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def network(request):
-    return network_with_hints(request.param)
+    return network_with_hints(**request.param)
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +53,11 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_without_hints_the_network_is_the_unconditional_one_bit_for_bit(batch):
-    conditional, unconditional = network_with_hints(), build_dit("custom", **SIZES)
-    state = {k: v for k, v in conditional.state_dict().items() if not k.startswith("aligned_hint.")}
-    unconditional.load_state_dict(state)
-    assert torch.equal(conditional(batch["x"], batch["c_noise"]), unconditional.eval()(batch["x"], batch["c_noise"]))
+def test_without_hints_the_network_is_the_unconditional_one_bit_for_bit(network, batch):
+    unconditional = build_dit("custom", **SIZES)
+    own = ("aligned_hint.", "hint_lora.")
+    unconditional.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith(own)})
+    assert torch.equal(network(batch["x"], batch["c_noise"]), unconditional.eval()(batch["x"], batch["c_noise"]))
 
 
 def test_every_hint_masked_equals_no_hints(network, batch):
@@ -115,6 +128,64 @@ def test_image_output_depends_on_each_hint(network, batch):
     assert (per_hint > 1e-4).all()
 
 
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def trained(request):
+    """A network of its own, with its base frozen where it has low-rank parts."""
+    network = network_with_hints(**request.param)
+    if network.hint_lora is not None:
+        network.freeze_base()
+    return network.train()
+
+
+def loss_and_gradients(network, batch, hints, mask=None):
+    """The losses (B,) of Phase 2 at two noise levels, and the gradients of their mean by parameter name."""
+    network.zero_grad()
+    x0 = torch.linspace(-1, 1, batch["x"].numel()).view_as(batch["x"])
+    sigma = torch.tensor([0.2, 3.0])
+    losses = EDM().loss(network, x0, sigma, batch["x"], hints=hints, hint_mask=mask)
+    losses.mean().backward()
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.requires_grad}
+    return losses.detach(), gradients
+
+
+def farthest(gradients, others):
+    """The largest difference of each parameter's gradients, as a share of the largest gradient."""
+    return {
+        name: float((gradient - others[name]).abs().max() / gradient.abs().max())
+        for name, gradient in gradients.items()
+    }
+
+
+@pytest.mark.parametrize("changed", range(3))
+def test_loss_and_every_gradient_depend_on_each_hint(trained, batch, changed):
+    losses, gradients = loss_and_gradients(trained, batch, batch["hints"])
+    hints = batch["hints"].clone()
+    hints[:, changed] = hints[:, changed].flip(-1)
+    others, other_gradients = loss_and_gradients(trained, batch, hints)
+    assert ((losses - others).abs() > 1e-4).all()
+    assert min(farthest(gradients, other_gradients).values()) > 1e-3
+
+
+def test_a_masked_hint_has_no_part_in_loss_and_gradients(trained, batch):
+    mask = mask_of(True, False, True)
+    losses, gradients = loss_and_gradients(trained, batch, batch["hints"], mask)
+    absent, absent_gradients = loss_and_gradients(trained, batch, batch["hints"][:, [0, 2]])
+    close(losses, absent)
+    assert max(farthest(gradients, absent_gradients).values()) < 1e-4
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 0, 2]], ids=str)
+def test_order_of_hints_changes_neither_loss_nor_gradients(trained, batch, order):
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    losses, gradients = loss_and_gradients(trained, batch, batch["hints"], mask)
+    others, other_gradients = loss_and_gradients(trained, batch, batch["hints"][:, order], mask[:, order])
+    close(losses, others)
+    assert max(farthest(gradients, other_gradients).values()) < 1e-4
+    # the mask goes with its hints
+    unordered, _ = loss_and_gradients(trained, batch, batch["hints"][:, order], mask)
+    assert not torch.allclose(losses, unordered, atol=1e-4)
+
+
 def test_keys_and_values_of_a_hint_do_not_depend_on_the_other_hints(network, batch):
     tokens = 16
     cache = network.encode_hints(batch["hints"])
@@ -144,7 +215,7 @@ def test_keys_and_values_in_a_pass_do_not_depend_on_image_or_noise_level(network
 
 
 def test_fresh_aligned_path_changes_nothing(batch):
-    plain, aligned = network_with_hints(hint_control=False), build_dit("custom", **SIZES, hint_control=True)
+    plain, aligned = network_with_hints(aligned=False), build_dit("custom", **SIZES, aligned=True)
     missing, unexpected = aligned.load_state_dict(plain.state_dict(), strict=False)
     assert {name.split(".")[0] for name in missing} == {"aligned_hint"}
     assert not unexpected
@@ -193,18 +264,17 @@ def test_strength_of_the_only_hint_fades_it_out(network, batch):
 
 def test_strength_multiplies_attention_odds(batch):
     """Strength 2 of one hint equals giving it twice, as far as attention goes."""
-    network = network_with_hints(hint_control=False)
+    network = network_with_hints(aligned=False)
     once = network(batch["x"], batch["c_noise"], batch["hints"][:, :1], hint_strength=torch.full((2, 1), 2.0))
     close(once, network(batch["x"], batch["c_noise"], batch["hints"][:, [0, 0]]))
 
 
-def test_all_hints_masked_gives_finite_output_and_a_gradient_for_every_parameter(batch):
+def test_all_hints_masked_gives_finite_output_and_a_gradient_for_every_parameter(trained, batch):
     """DistributedDataParallel waits for a gradient of every parameter, in every batch."""
-    network = network_with_hints().train()
-    output = network(**batch, hint_mask=mask_of(False, False, False))
+    output = trained(**batch, hint_mask=mask_of(False, False, False))
     output.square().mean().backward()
     assert torch.isfinite(output).all()
-    for name, parameter in network.named_parameters():
+    for name, parameter in trained.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name

@@ -80,6 +80,10 @@ def test_up_to_start_step_the_average_is_a_copy():
     torch.testing.assert_close(average(ema), weighted_sum(past, 5, range(6, 13)), rtol=1e-5, atol=1e-6)
 
 
+def test_it_is_saved_under_its_decay_as_given():
+    assert [EMA(model(), decay).group for decay in (0.9999, 0.5)] == ["ema_decay_0.9999", "ema_decay_0.5"]
+
+
 def test_only_trained_parameters_are_averaged_and_none_shares_memory():
     network = model()
     ema = EMA(network, DECAY)

@@ -15,8 +15,9 @@ from ray_pipeline.data.listing import spread
 from ray_pipeline.data.mixture import make_mixture
 from ray_pipeline.diffusion.edm import EDM
 from ray_pipeline.diffusion.noise import draw
+from ray_pipeline.training.build import make_edm, make_network, make_optimizer
 from ray_pipeline.training.ema import EMA
-from ray_pipeline.training.setup import PhaseJob, PhaseRun, make_edm, make_network, make_optimizer
+from ray_pipeline.training.setup import PhaseJob, PhaseRun
 from ray_pipeline.training.state import TrainState
 from ray_pipeline.training.validation import Validation, other_tiles, paired_gain, untrained_loss, validate
 
@@ -51,7 +52,7 @@ def make_run(folder: Path, store: LatentStore, rows=None, hints=(), fresh=False,
         | sections
     )
     torch.manual_seed(0)
-    network = make_network(config, bool(hints))
+    network = make_network(config, config.phases[0])
     if not fresh:
         with torch.no_grad():
             for parameter in network.parameters():
@@ -73,7 +74,7 @@ def make_run(folder: Path, store: LatentStore, rows=None, hints=(), fresh=False,
         "checkpoints": CheckpointStore(folder / "checkpoints"),
         "newest": None,
         "edm": make_edm(config),
-        "state": TrainState(network, make_optimizer(config, network), ema=None),
+        "state": TrainState(network, make_optimizer(config, network), averages=[]),
         "model": network,
     }
     return PhaseRun(**(fields | changes))
@@ -158,7 +159,7 @@ def test_ranks_share_the_tiles_and_their_sum_is_the_whole(tmp_path, store):
 def test_validation_judges_the_averaged_weights_and_leaves_the_trained_ones(tmp_path, store):
     run = make_run(tmp_path, store)
     plain = validate(run).losses
-    run.state.ema = EMA(run.state.network, decay=0.9)
+    run.state.averages = [EMA(run.state.network, decay=0.9)]
     np.testing.assert_array_equal(validate(run).losses, plain)  # a copy at first
     with torch.no_grad():
         for parameter in run.state.network.parameters():
@@ -168,7 +169,7 @@ def test_validation_judges_the_averaged_weights_and_leaves_the_trained_ones(tmp_
     losses = validate(run).losses
     assert run.state.network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.state.network.state_dict().items())
-    averages, run.state.ema = run.state.ema.tensors(), None
+    averages, run.state.averages = run.state.ema.tensors(), []
     assert (validate(run).losses != losses).all()
     run.state.network.load_state_dict(averages, strict=False)
     np.testing.assert_array_equal(validate(run).losses, losses)

@@ -1,0 +1,1 @@
+"""What a trained prior is used for."""

@@ -1,0 +1,113 @@
+"""Weights of an average that nobody tracked, made from the snapshots of a run (`ray-pipeline ema`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+from torch import Tensor
+
+from ray_pipeline.checkpoints import Checkpoint, CheckpointStore
+from ray_pipeline.errors import UserError
+from ray_pipeline.models.posthoc_ema import MAX_STD, Snapshot, profile_error, reconstruct
+from ray_pipeline.models.weights import header_in, save_weights
+from ray_pipeline.monitoring.phase_state import load
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What was made: the file, from how many snapshots of which phase, at which step, and how far (relative L2) the
+    profile is from the wanted one."""
+
+    path: Path
+    phase: str
+    step: int
+    snapshots: int
+    error: float
+
+
+def make_average(
+    run_dir: Path, std: float, *, phase: str | None = None, step: int | None = None, out: Path | None = None
+) -> Reconstruction:
+    """Write the power-function average of relative width `std` at `step` (default: the newest snapshot's) of a phase
+    (default: the last that has snapshots) as weights that `sample` takes (Karras et al. 2024, Algorithm 3).
+
+    UserError: no run or snapshots there, a width or step that they cannot give.
+    """
+    if not 0 < std <= MAX_STD:
+        raise UserError(
+            f"--std {std}: a relative width is more than 0 and at most {MAX_STD:.3f}; EDM2 uses 0.02 to 0.2"
+        )
+    phase = _phase(run_dir, phase)
+    stored = _snapshots(run_dir, phase)
+    steps = sorted({checkpoint.state["step"] for checkpoint in stored})
+    until = steps[-1] if step is None else step
+    if until < steps[0]:
+        raise UserError(
+            f"--step {until}: the first snapshot of {phase} is of step {steps[0]}; choose that or a later one"
+        )
+    used = [checkpoint for checkpoint in stored if checkpoint.state["step"] <= until]
+    with ExitStack() as files:
+        snapshots = [
+            Snapshot(width, checkpoint.state["step"], _OpenTensors(checkpoint.path(group), files))
+            for checkpoint in used
+            for group, width in checkpoint.state["stds"].items()
+        ]
+        averages = reconstruct(snapshots, std, until)
+    error = profile_error([(snapshot.std, snapshot.step) for snapshot in snapshots], std, until)
+    header = header_in(used[-1].state, used[-1].folder)
+    tensors = {**_untrained(run_dir, phase), **averages}
+    path = out or Path(run_dir, "weights", f"{phase}_step_{until:08d}_ema_power_{std}.safetensors")
+    save_weights(path, tensors, header.model_copy(update={"step": until, "ema": f"ema_power_{std}"}))
+    return Reconstruction(path, phase, until, len(snapshots), error)
+
+
+class _OpenTensors(Mapping[str, Tensor]):
+    """Tensors of a safetensors file, read one at a time."""
+
+    def __init__(self, path: str, files: ExitStack):
+        self._file = files.enter_context(safetensors.safe_open(path, framework="pt"))
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _phase(run_dir: Path, phase: str | None) -> str:
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} holds no run (no config.yaml); give the output_dir of a training")
+    root = run_dir / "ema_snapshots"
+    known = [name for name in load(run_dir / "phase_state.json").phases if (root / name).is_dir()]
+    if not known:
+        raise UserError(f"{run_dir} holds no ema_snapshots; train with ema.power_stds and ema.snapshots above 0")
+    if phase is not None and phase not in known:
+        raise UserError(f"--phase {phase}: {root} has snapshots of {', '.join(known)}; choose one of them")
+    return phase or known[-1]
+
+
+def _snapshots(run_dir: Path, phase: str) -> list[Checkpoint]:
+    """Snapshots of a phase in the order of their steps, each read and found whole."""
+    store = CheckpointStore(run_dir / "ema_snapshots" / phase)
+    stored = [store.load(name) for name in store.names(phase)]
+    if not stored:
+        raise UserError(f"{store.root} holds no finished snapshot; train on, or choose another --phase")
+    for checkpoint in stored:
+        checkpoint.verify()
+    return stored
+
+
+def _untrained(run_dir: Path, phase: str) -> dict[str, Tensor]:
+    """Weights of the phase's newest checkpoint: those that it does not train are the same in all of them."""
+    checkpoint = CheckpointStore(run_dir / "checkpoints").latest(phase)
+    if checkpoint is None:
+        raise UserError(f"{run_dir}/checkpoints holds no checkpoint of {phase}, which tells the weights not averaged")
+    return checkpoint["model"]
