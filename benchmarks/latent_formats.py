@@ -66,6 +66,7 @@ class Npy:
         index = {
             "version": FORMAT_VERSION, "fingerprint": "benchmark", "shape": SHAPE, "hints": HINTS, "simulated": [],
             "posterior": "mode", "variants": 1, "rejected": 0, "datasets": [], "shards": entries,
+            "autoencoder": {"pretrained": "none", "sha256": "none"}, "intensity": [],
         }  # fmt: skip
         train.write("index.json", json.dumps(index).encode())
         stats = LatentStats(np.zeros(4), np.ones(4), 0, "benchmark")

@@ -91,7 +91,9 @@ def _write(folder: Path, count: int) -> list[str]:
     store = Folder(folder / "store")
     parts = [rows[start : start + SHARD_ROWS] for start in range(0, count, SHARD_ROWS)]
     index = {
-        "version": FORMAT_VERSION, "fingerprint": "rows", "shape": SHAPE, "hints": [], "simulated": [], "variants": 1,
+        "version": FORMAT_VERSION, "fingerprint": "rows", "shape": SHAPE, "hints": [], "simulated": [],
+        "posterior": "mode", "variants": 1, "rejected": 0, "autoencoder": {"pretrained": "none", "sha256": "none"},
+        "intensity": [],
         "datasets": [{"name": "rows", "start": 0, "count": count, "partners": {}}],
         "shards": [
             write_shard(store.child("train"), f"shard-{number:05d}.npy", part[:, None, None])

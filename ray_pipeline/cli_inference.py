@@ -1,8 +1,9 @@
-"""The command sample: parses words, calls the job, prints what it made; no logic."""
+"""The commands sample and ema: parse words, call the job, print what it made; no logic."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,6 +69,36 @@ def add_inference_commands(add: Add) -> None:
     device.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the network (auto: bf16 on CUDA)"
     )
+    _add_ema(add)
+
+
+def _add_ema(add: Add) -> None:
+    parser = add(
+        "ema",
+        _ema,
+        "make the weights of a power-function average of any width from a run's snapshots",
+        "ray-pipeline ema demo_output/run --std 0.08",
+    )
+    parser.add_argument("run", type=Path, help="the run's output_dir")
+    parser.add_argument(
+        "--std", type=float, required=True, metavar="S", help="relative width, such as 0.08 (at most 0.288)"
+    )
+    parser.add_argument("--phase", metavar="NAME", help="of this phase (default: the last that has snapshots)")
+    parser.add_argument("--step", type=int, metavar="N", help="at this optimizer step (default: the newest snapshot's)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a .safetensors file (default: in <run>/weights)")
+
+
+def _ema(arguments) -> None:
+    from ray_pipeline.inference.posthoc import make_average
+
+    made = make_average(arguments.run, arguments.std, phase=arguments.phase, step=arguments.step, out=arguments.out)
+    print(f"weights   {ascii_text(str(made.path))}")
+    print(
+        f"average   relative width {arguments.std} at step {made.step} of {made.phase}, from {made.snapshots} snapshots"
+    )
+    words = "more than snapshots should leave; store more of them, or choose a width nearer to those of ema.power_stds"
+    print(f"profile   {made.error:.2g} (relative L2) from the wanted one" + (f": {words}" if made.error > 0.1 else ""))
+    print(f"next      ray-pipeline sample {ascii_text(shlex.quote(str(made.path)))} --out tiles")
 
 
 def _sample(arguments) -> None:

@@ -46,7 +46,7 @@ class Prepared:
 
     job: EncodeJob
     listing: Listing
-    fingerprint: str
+    fingerprint: encoding.Fingerprint
     stored: bool
 
     @property

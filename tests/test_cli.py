@@ -10,7 +10,7 @@ from PIL import Image
 from ray_pipeline.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("simulate", "prepare", "train-vae", "hints", "encode", "train", "sample", "status", "check")
+COMMANDS = ("simulate", "prepare", "train-vae", "hints", "encode", "train", "sample", "ema", "status", "check")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

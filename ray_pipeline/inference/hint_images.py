@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from ray_pipeline.data.hint_registry import make_hint
 from ray_pipeline.data.images import IMAGE_SUFFIXES, is_zarr, open_image, to_unit
 from ray_pipeline.errors import UserError
 from ray_pipeline.inference.intensity_scale import IntensityScale, range_of_hint, scale_of, scale_of_image
+from ray_pipeline.models.autoencoder import Autoencoder
 from ray_pipeline.models.weights import IntensityRange, WeightsHeader
 from ray_pipeline.sections import PAIRED_TYPES, PARTNER_TYPES
 
@@ -20,6 +22,7 @@ from ray_pipeline.sections import PAIRED_TYPES, PARTNER_TYPES
 Intensity = Literal["data", "image", "tile"]
 #: more of an image than this outside the recorded range is told; `prepare` leaves 0.002 of a data set outside
 _MUCH_OUTSIDE = 0.1
+_FP16_MAX = float(np.finfo(np.float16).max)
 _FULL_SCALE = np.iinfo(np.uint16).max
 
 
@@ -117,6 +120,15 @@ class HintReader:
             f"{path.name}: {100 * share:.0f} % of its pixels lie outside {scale.low:g} to {scale.high:g} "
             f"({scale.words}); --intensity image takes its own range, and tile is for tiles that `prepare` wrote"
         ]
+
+
+def stored_latents(autoencoder: Autoencoder, images: np.ndarray, name: str) -> np.ndarray:
+    """Images (K, H, W) of a field of view -> latents (K, C, h, w) fp16, as `encode` stores them; UserError for what
+    fp16 cannot hold."""
+    latents = np.concatenate([autoencoder.encode(torch.from_numpy(image[None])).cpu().numpy() for image in images])
+    if not np.abs(latents).max() <= _FP16_MAX:
+        raise UserError(f"the autoencoder gave a latent that fp16 cannot hold for the hints of {name}; check the image")
+    return latents.astype(np.float16)
 
 
 def image_files(path: Path) -> list[Path]:

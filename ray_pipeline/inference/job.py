@@ -14,7 +14,7 @@ import torch
 
 from ray_pipeline import __version__
 from ray_pipeline.errors import UserError
-from ray_pipeline.inference.hint_images import HintReader
+from ray_pipeline.inference.hint_images import HintReader, stored_latents
 from ray_pipeline.inference.intensity_scale import UNIT_SCALE, IntensityScale, alternatives, choose_range, scale_of
 from ray_pipeline.inference.outputs import (
     SHOWN_ROWS,
@@ -29,12 +29,10 @@ from ray_pipeline.inference.outputs import (
 from ray_pipeline.inference.prior import Prior, TrainedNetwork, check_guide, load_network, load_prior
 from ray_pipeline.inference.sampling import TileSampler
 from ray_pipeline.inference.settings import SampleJob
-from ray_pipeline.models.autoencoder import Autoencoder
 from ray_pipeline.models.weights import IntensityRange
 from ray_pipeline.monitoring.progress import Progress
 
 _MOST_NOTES = 3
-_FP16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -140,20 +138,12 @@ def _fields(
                 if noted <= _MOST_NOTES:
                     say(f"note      {note}")
             shown = image.hints if number < SHOWN_ROWS else None
-            latents = _stored_latents(prior.autoencoder, image.hints, image.name)
+            latents = stored_latents(prior.autoencoder, image.hints, image.name)
             fields.append(_Field(image.name, latents, shown, image.scale or scale))
             progress.update(number + 1)
     if noted > _MOST_NOTES:
         say(f"note      ... {noted} such notes in all")
     return reader.hints, fields
-
-
-def _stored_latents(autoencoder: Autoencoder, images: np.ndarray, name: str) -> np.ndarray:
-    """Images (K, H, W) -> latents (K, C, h, w) fp16."""
-    latents = np.concatenate([autoencoder.encode(torch.from_numpy(image[None])).cpu().numpy() for image in images])
-    if not np.abs(latents).max() <= _FP16_MAX:
-        raise UserError(f"the autoencoder gave a latent that fp16 cannot hold for the hints of {name}; check the image")
-    return latents.astype(np.float16)
 
 
 def _units(fields: Sequence[_Field], ranges: Sequence[IntensityRange], chosen: IntensityRange | None) -> str:

@@ -354,7 +354,9 @@ def test_one_tile_of_another_or_no_range_leaves_its_group_out_and_bad_tiles_do_n
     assert list_tiles(job_for(root, "canny")).intensity == (
         IntensityRange(dataset="simulated", role="tile", channel=2, dtype="uint16", low=100, high=4000, tiles=TRAIN),
     )
-    edit(csv, norm_lo=lambda table: [value, *table["norm_lo"][1:]])
+    edit(csv, norm_hi="inf")
+    assert list_tiles(job_for(root, "canny")).intensity == ()
+    edit(csv, norm_hi="4000", norm_lo=lambda table: [value, *table["norm_lo"][1:]])
     assert list_tiles(job_for(root, "canny")).intensity == ()
     (root / "foundation/simulated" / load_manifest(csv).table["image"][0]).unlink()
     (only,) = list_tiles(job_for(root, "canny", max_rejected=1)).intensity

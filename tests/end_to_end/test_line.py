@@ -17,6 +17,7 @@ from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.cli import main
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.plan import SamplePlan
+from ray_pipeline.models.weights import load_weights_file
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
 
@@ -70,6 +71,17 @@ def weights(run: Path, phase: str) -> dict[str, torch.Tensor]:
     store = CheckpointStore(run / "checkpoints")
     checkpoint = store.load(store.names(phase)[-1])
     return {f"{group}/{name}": tensor for group in checkpoint for name, tensor in checkpoint[group].items()}
+
+
+def snapshots(run: Path, phase: str) -> dict[str, torch.Tensor]:
+    store = CheckpointStore(run / "ema_snapshots" / phase)
+    stored = {name: store.load(name) for name in store.names(phase)}
+    return {
+        f"{name}/{group}/{key}": tensor
+        for name, checkpoint in stored.items()
+        for group in checkpoint
+        for key, tensor in checkpoint[group].items()
+    }
 
 
 def assert_equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -142,6 +154,36 @@ def test_status_tells_where_a_finished_run_stands(finished, capsys):
         assert words in text
 
 
+def test_status_tells_what_each_hint_alone_is_worth(finished, capsys):
+    metrics = phase_state.load(finished / "phase_state.json").phase("phase2_conditional").metrics
+    assert main(["status", str(finished)]) == 0
+    text = capsys.readouterr().out
+    for hint in ("super_resolution", "denoising", "canny", "depth"):
+        gain = metrics[f"val_loss_shuffled_hints/{hint}"] - metrics[f"val_loss_right_hints/{hint}"]
+        assert metrics[f"hint_gain/{hint}"] == pytest.approx(gain, abs=1e-9)
+        assert f"with {hint} alone, right {metrics[f'val_loss_right_hints/{hint}']:.4f}" in text
+
+
+def test_a_run_gives_weights_of_an_average_that_nobody_tracked_and_tiles_from_them(
+    finished, tiny_autoencoder, tmp_path, capsys
+):
+    """Beside the stored two, so close to both; sampled by the command that any weights go through."""
+    out = tmp_path / "average.safetensors"
+    assert main(["ema", str(finished), "--std", "0.08", "--phase", "phase2_conditional", "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    header, made = load_weights_file(out)
+    assert (header.phase, header.ema) == ("phase2_conditional", "ema_power_0.08")
+    stored = weights(finished, "phase2_conditional")
+    tracked = [stored[f"ema_power_{std}/blocks.0.attn.qkv.weight"] for std in (0.05, 0.1)]
+    distances = [float((made["blocks.0.attn.qkv.weight"] - one).norm()) for one in tracked]
+    assert max(distances) < float((tracked[0] - tracked[1]).norm())
+    assert min(distances) > 0
+    tiles = tmp_path / "tiles"
+    words = ["--tiles", "2", "--steps", "2", "--vae", str(tiny_autoencoder), "--out", str(tiles)]
+    assert main(["sample", str(out), *words]) == 0
+    assert len(list(tiles.glob("*.tif"))) == 2
+
+
 def test_two_workers_train_on_the_same_samples_to_the_same_weights_but_rounding(
     finished, tiny_data, tiny_autoencoder, tmp_path
 ):
@@ -191,6 +233,7 @@ def test_a_worker_killed_in_mid_phase_goes_on_to_equal_bits(finished, tiny_data,
     assert killed, "no worker was found to kill"
     for phase in ("phase1_unconditional", "phase2_conditional"):
         assert_equal_bits(weights(finished, phase), weights(out, phase))
+        assert_equal_bits(snapshots(finished, phase), snapshots(out, phase))
     steps = [record["step"] for record in read_events(out, "phase1_unconditional", "step")]
     assert steps == list(range(1, len(steps) + 1))
 

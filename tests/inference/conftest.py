@@ -119,14 +119,15 @@ def refused(tmp_path, capsys) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def noise_of() -> Callable[[Sequence[int]], torch.Tensor]:
-    """Seeds -> the noise that their tiles begin with, from Philox keyed by blake2b of (seed, "sample")."""
+    """Seeds -> the noise that their tiles begin with, from Philox keyed by blake2b of (seed, "sample"); or that of
+    another purpose and number."""
     import hashlib
 
-    def make(seeds):
+    def make(seeds, purpose="sample", number=0):
         rows = []
         for seed in seeds:
-            key = int.from_bytes(hashlib.blake2b(repr((seed, "sample")).encode(), digest_size=16).digest(), "little")
-            generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 0]))
+            key = int.from_bytes(hashlib.blake2b(repr((seed, purpose)).encode(), digest_size=16).digest(), "little")
+            generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))
             generator.standard_normal(dtype=np.float32), generator.random(dtype=np.float32)
             rows.append(generator.standard_normal(SHAPE, dtype=np.float32))
         return torch.from_numpy(np.stack(rows))

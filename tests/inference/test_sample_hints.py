@@ -14,7 +14,8 @@ from ray_pipeline.data import optics
 from ray_pipeline.data.hint_registry import make_hint, resolve_hints
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import list_tiles
-from ray_pipeline.models.autoencoder import embedded_folder
+from ray_pipeline.inference.hint_images import HintReader, stored_latents
+from ray_pipeline.models.autoencoder import embedded_folder, load_autoencoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,6 +146,14 @@ def test_a_stored_hint_and_the_same_image_on_the_command_line_give_the_same_tile
     words = [w for name in job.hints for w in ("--hint", f"{name}={tiny_data / row.partners[name][0]}")]
     folder, _ = sample(weights, *words, "--intensity", "tile", "--seeds", 2, "--batch-size", 1)
     gathered = store.gather([3])
+    reader = HintReader(
+        {name: tiny_data / row.partners[name][0] for name in job.hints}, weights.header, 64, "tile", None
+    )
+    again = stored_latents(load_autoencoder("embedded"), reader.read(0).hints, "it")
+    for name, latent in zip(job.hints, again, strict=True):
+        assert latent.dtype == np.float16
+        # the last place of fp16, since another batch is rounded otherwise
+        np.testing.assert_allclose(latent, gathered[f"hint.{name}"][0], rtol=2**-10, atol=1e-6)
     stacked = np.stack([gathered[f"hint.{name}"] for name in job.hints], axis=1).astype(np.float64)
     mean, std = store.stats.mean[:, None, None], store.stats.std[:, None, None]
     hints = torch.from_numpy((stacked - mean) / std * 0.5).float()
