@@ -111,8 +111,12 @@ def worker_memory(config: Config, phase: PhaseConfig) -> int:
     kind = precision(config, "cuda" if torch.cuda.is_available() else "cpu")
     estimate = estimate_phase(config, phase, 1)
     shape = config.model.shape
-    tokens = config.train.batch_size * _tokens(config) * (1 + len(phase.condition_types))
-    activations = tokens * shape["depth"] * shape["hidden_size"] * _ACTIVATION_BYTES[kind]
+    hints, width = len(phase.condition_types), config.train.batch_size * _tokens(config) * shape["hidden_size"]
+    one_block = width * (1 + hints) * _ACTIVATION_BYTES[kind]
+    activations = shape["depth"] * one_block
+    if config.train.activation_checkpointing:
+        # what enters each block: tokens, and keys and values of hints; and all of the block that is computed again
+        activations = shape["depth"] * width * (1 + 3 * hints) * _FLOAT + one_block
     copies = 2 * estimate.parameters if kind == "bf16" else 0
     return estimate.checkpoint_bytes + _FLOAT * estimate.parameters + copies + activations
 
@@ -194,7 +198,8 @@ def report(config: Config, job: EncodeJob, tiles: dict[str, int], samples: list[
     ]
     total = 0.0
     for phase, estimate in zip(config.phases, phases, strict=True):
-        seconds = estimate.flops / (rate * ASSUMED_EFFICIENCY * workers)
+        again = 4 / 3 if config.train.activation_checkpointing else 1  # one more forward pass
+        seconds = again * estimate.flops / (rate * ASSUMED_EFFICIENCY * workers)
         total += seconds
         lines += [
             f"{phase.name}",

@@ -155,6 +155,20 @@ def test_memory_is_weights_gradients_moments_average_and_what_backward_needs(pre
     assert activations == pytest.approx(held_for_backward(config, phase), rel=0.15)
 
 
+@pytest.mark.parametrize("phase", [0, 1], ids=["unconditional", "two hints"])
+def test_activation_checkpointing_keeps_what_enters_each_block(phase):
+    """And one whole block while it is computed again, which the forward pass does not show."""
+    config = make_config({**SMALL, "hidden_size": 128, "depth": 6}, batch=8)
+    whole = estimate.worker_memory(config, config.phases[phase])
+    train = config.train.model_copy(update={"activation_checkpointing": True})
+    lean = config.model_copy(update={"train": train})
+    block = held_for_backward(config, config.phases[phase]) / 6
+    saved = whole - estimate.worker_memory(lean, lean.phases[phase])
+    held = held_for_backward(lean, lean.phases[phase])
+    assert held < block
+    assert saved == pytest.approx(5 * block - held, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("simulated", "posterior", "images"),
     [((), "mode", 3), (("denoising",), "mode", 4), ((), "sample", 4), (("denoising",), "sample", 5)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ray_pipeline.models.noise_embedding import FourierFeatures
@@ -21,5 +22,6 @@ class LossUncertainty(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        """c_noise (B,) -> u (B,)."""
-        return self.linear(self.features(c_noise))[:, 0]
+        """c_noise (B,) -> u (B,) float32, under autocast too."""
+        with torch.autocast(c_noise.device.type, enabled=False):
+            return self.linear(self.features(c_noise))[:, 0]

@@ -27,5 +27,5 @@ class TrainingLoss(nn.Module):
         loss = self.edm.loss(self.network, x0, sigma, noise, **conditions)
         if self.uncertainty is None:
             return loss, loss
-        u = self.uncertainty(sigma.log() / 4).float()
+        u = self.uncertainty(sigma.log() / 4)
         return loss, loss * (-u).exp() + u

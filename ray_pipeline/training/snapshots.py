@@ -33,7 +33,9 @@ def save_snapshot(run: PhaseRun, header: WeightsHeader) -> None:
     store = CheckpointStore(Path(run.job.run_dir, FOLDER, run.phase.name))
     name = f"{run.phase.name}_step_{run.state.step:08d}"
     store.delete(name)
-    groups = {track.group: {key: value.to(torch.float16) for key, value in track.tensors().items()} for track in tracks}
+    groups = {
+        track.group: {key: value.to("cpu", torch.float16) for key, value in track.tensors().items()} for track in tracks
+    }
     state = {
         "phase": run.phase.name,
         "step": updated,

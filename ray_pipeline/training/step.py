@@ -79,7 +79,7 @@ def optimize(run: PhaseRun, step: int, batches: list[MicroBatch]) -> StepResult:
             (objectives.sum() * (run.world_size / plan.global_batch)).backward()
         total += losses.detach().sum()
     limit = run.config.optimizer.grad_clip or math.inf
-    gradient = torch.nn.utils.clip_grad_norm_(state.trained().values(), limit)
+    gradient = torch.nn.utils.clip_grad_norm_(state.optimizer.param_groups[0]["params"], limit)
     if run.world_size > 1:
         torch.distributed.all_reduce(total)  # a loss may be infinite on one rank and its gradient 0
     loss, norm = torch.stack([total / plan.global_batch, gradient]).tolist()
