@@ -7,7 +7,8 @@
 Trains the demo's network on the embedded sample data with one choice changed, in one process and thread, each for the
 same CPU time (validation left out), from the same start, on the same samples and noise. Prints weighted EDM losses of
 validation tiles with the EMA weights at parts of the time, the loss with each tile given the hints of another, and the
-difference to the first row with its paired standard error.
+difference to the first row with its paired standard error. Noise of the validation is fixed here, apart from that of a
+run, so that pixels can stand in for latents; losses compare within one table.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from ray_pipeline.cli_words import Add, ascii_text
 from ray_pipeline.errors import UserError
 
 _TILES, _SEED = 16, 0
+_MOST_TILES = 1_000_000
 
 
 def add_inference_commands(add: Add) -> None:
@@ -30,7 +31,13 @@ def add_inference_commands(add: Add) -> None:
     tiles.add_argument("--tiles", type=int, metavar="N", help=f"how many, of each hint image (default {_TILES})")
     tiles.add_argument("--seed", type=int, metavar="S", help=f"tiles have seeds S to S+N-1 (default {_SEED})")
     tiles.add_argument("--seeds", type=int, nargs="+", metavar="S", help="or these seeds")
-    tiles.add_argument("--batch-size", type=int, default=4, metavar="B", help="tiles at once (default 4)")
+    tiles.add_argument(
+        "--batch-size",
+        type=int,
+        default=4,
+        metavar="B",
+        help="tiles at once (default 4); always so many, so fewer tiles are no faster",
+    )
     sampler = parser.add_argument_group("sampler (Karras et al. 2022)")
     sampler.add_argument("--sampler", choices=("heun", "euler"), default="heun", help="steps (default heun)")
     sampler.add_argument("--steps", type=int, default=32, help="of the noise grid (default 32)")
@@ -84,7 +91,9 @@ def _add_ema(add: Add) -> None:
         "--std", type=float, required=True, metavar="S", help="relative width, such as 0.08 (at most 0.288)"
     )
     parser.add_argument("--phase", metavar="NAME", help="of this phase (default: the last that has snapshots)")
-    parser.add_argument("--step", type=int, metavar="N", help="at this optimizer step (default: the newest snapshot's)")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="at the snapshot of this optimizer step (default: the newest)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .safetensors file (default: in <run>/weights)")
 
 
@@ -96,7 +105,7 @@ def _ema(arguments) -> None:
     print(
         f"average   relative width {arguments.std} at step {made.step} of {made.phase}, from {made.snapshots} snapshots"
     )
-    words = "more than snapshots should leave; store more of them, or choose a width nearer to those of ema.power_stds"
+    words = "more than it should be; choose a width nearer to those of ema.power_stds"
     print(f"profile   {made.error:.2g} (relative L2) from the wanted one" + (f": {words}" if made.error > 0.1 else ""))
     print(f"next      ray-pipeline sample {ascii_text(shlex.quote(str(made.path)))} --out tiles")
 
@@ -142,8 +151,8 @@ def _seeds(arguments) -> tuple[int, ...]:
             raise UserError("--seeds names every seed, so --tiles and --seed have no place beside it; leave them out")
         return tuple(arguments.seeds)
     count = _TILES if arguments.tiles is None else arguments.tiles
-    if count < 1:
-        raise UserError(f"--tiles {count}: expected at least 1; change it")
+    if not 1 <= count <= _MOST_TILES:
+        raise UserError(f"--tiles {count}: expected 1 to {_MOST_TILES}; change it")
     first = _SEED if arguments.seed is None else arguments.seed
     return tuple(range(first, first + count))
 
@@ -175,5 +184,5 @@ def _print_sampled(sampled, arguments) -> None:
     of_the_guide = f", and {sampled.guide_calls} of the guide" if sampled.guide_calls else ""
     print(f"calls     {sampled.calls} of the network for a tile{of_the_guide}")
     if sampled.hints and not arguments.hint:
-        words = f"ray-pipeline sample {arguments.weights_path} --out {arguments.out}_hinted"
+        words = shlex.join(["ray-pipeline", "sample", arguments.weights_path, "--out", f"{arguments.out}_hinted"])
         print(f"next      {ascii_text(words)} --hint {sampled.hints[0]}=IMAGE")

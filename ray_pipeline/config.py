@@ -80,6 +80,11 @@ class Config(Section):
                 f"data.simulate.field_size {simulated.field_size} is not a multiple of data.tile_size "
                 f"{self.data.tile_size}; choose one that is"
             )
+        if self.hint_control.lora_rank > self.model.shape["hidden_size"]:
+            raise ValueError(
+                f"hint_control.lora_rank {self.hint_control.lora_rank} exceeds the network's hidden size of "
+                f"{self.model.shape['hidden_size']}, so it would be no low rank; choose a smaller one"
+            )
         if self.ray.num_workers > self.train.global_batch:
             raise ValueError(
                 f"ray.num_workers {self.ray.num_workers} exceeds train.global_batch "

@@ -184,7 +184,7 @@ class EmaConfig(Section):
     start_step: Annotated[int, Field(ge=0)] = 2000
     more_decays: tuple[Decay, ...] = ()
     power_stds: tuple[Annotated[float, Field(gt=0, le=0.25)], ...] = (0.05, 0.1)
-    snapshots: Annotated[int, Field(ge=0)] = 16
+    snapshots: Annotated[int, Field(ge=0, le=1000)] = 16
 
     @model_validator(mode="after")
     def _check_tracks(self) -> EmaConfig:

@@ -406,3 +406,8 @@ def test_a_file_that_is_no_config_is_named(tmp_path, content, said):
 def test_a_folder_is_no_config(tmp_path):
     with pytest.raises(UserError, match="not readable"):
         load_config(tmp_path)
+
+
+def test_a_low_rank_above_the_hidden_size_is_refused():
+    with pytest.raises(UserError, match=r"hint_control\.lora_rank 2000 exceeds the network's hidden size of 1152"):
+        parse_config({"phases": [{"name": "one", "epochs": 1}], "hint_control": {"lora_rank": 2000}})

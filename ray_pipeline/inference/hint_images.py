@@ -52,7 +52,11 @@ class HintReader:
         that the weights do not know, no images, more of one hint than of another."""
         unknown = sorted(given.keys() - header.hints.keys())
         if unknown:
-            known = ", ".join(header.hints) or "none"
+            if not header.hints:
+                raise UserError(
+                    f"--hint {unknown[0]}: the weights were trained without hints; give those of a later phase"
+                )
+            known = ", ".join(header.hints)
             raise UserError(f"--hint {unknown[0]}: the weights were trained with the hints {known}; choose among these")
         self.files = {name: image_files(given[name]) for name in header.hints if name in given}
         counts = {len(files) for files in self.files.values()}

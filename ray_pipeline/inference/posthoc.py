@@ -32,7 +32,7 @@ class Reconstruction:
 def make_average(
     run_dir: Path, std: float, *, phase: str | None = None, step: int | None = None, out: Path | None = None
 ) -> Reconstruction:
-    """Write the power-function average of relative width `std` at `step` (default: the newest snapshot's) of a phase
+    """Write the power-function average of relative width `std` at a snapshot's `step` (default: the newest) of a phase
     (default: the last that has snapshots) as weights that `sample` takes (Karras et al. 2024, Algorithm 3).
 
     UserError: no run or snapshots there, a width or step that they cannot give.
@@ -41,13 +41,15 @@ def make_average(
         raise UserError(
             f"--std {std}: a relative width is more than 0 and at most {MAX_STD:.3f}; EDM2 uses 0.02 to 0.2"
         )
+    if out is not None and out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: expected a name that ends in .safetensors, which `sample` knows it by; add that")
     phase = _phase(run_dir, phase)
     stored = _snapshots(run_dir, phase)
     steps = sorted({checkpoint.state["step"] for checkpoint in stored})
     until = steps[-1] if step is None else step
-    if until < steps[0]:
+    if until not in steps:  # the profile ends abruptly at its step, and only snapshots of that step do too
         raise UserError(
-            f"--step {until}: the first snapshot of {phase} is of step {steps[0]}; choose that or a later one"
+            f"--step {until}: {phase} has snapshots of steps {', '.join(map(str, steps))}; choose one of them"
         )
     used = [checkpoint for checkpoint in stored if checkpoint.state["step"] <= until]
     with ExitStack() as files:

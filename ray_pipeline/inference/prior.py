@@ -176,7 +176,8 @@ def _network(source: str, header: WeightsHeader, tensors: Mapping[str, Tensor], 
             f"the weights of {source} do not fit the network that they say they are of "
             f"({' '.join(str(error).split())[:200]}); {remedy}"
         ) from None
-    return network.eval().requires_grad_(False).to(device)
+    # not frozen: autocast keeps the bf16 copies only of weights that could be trained
+    return network.eval().to(device)
 
 
 def _load_autoencoder(trained: TrainedNetwork, device: torch.device | str, vae: str | None) -> Autoencoder:

@@ -12,6 +12,8 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.inference.hint_images import Intensity
 from ray_pipeline.inference.prior import DEFAULT_WEIGHTS
 
+MOST_STEPS = 10_000
+
 
 @dataclass(frozen=True)
 class SamplerSettings:
@@ -39,7 +41,7 @@ class SamplerSettings:
         """UserError for numbers that no sampler takes."""
         low, high = self.guidance_interval
         wrong = {
-            f"--steps {self.steps}: expected at least 2": self.steps < 2,
+            f"--steps {self.steps}: expected 2 to {MOST_STEPS}": not 2 <= self.steps <= MOST_STEPS,
             f"--churn {self.churn}: expected a finite number of at least 0": not 0 <= self.churn < math.inf,
             f"--churn-min {self.churn_min} --churn-max {self.churn_max}: expected 0 <= min <= max": not 0
             <= self.churn_min

@@ -207,7 +207,10 @@ def run_folder(job: PhaseJob, *parts: str) -> Path:
 def _parallel(loss: TrainingLoss, device: torch.device, world_size: int) -> nn.Module:
     if world_size == 1:
         return loss
-    return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
+    # the only buffers are constants
+    return DistributedDataParallel(
+        loss, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+    )
 
 
 def _check_hints(phase: PhaseConfig, store: LatentStore) -> None:

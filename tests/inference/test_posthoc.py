@@ -239,10 +239,17 @@ def test_a_phase_without_snapshots_is_refused_by_those_that_have_some(run, phase
         make_average(run, 0.07, phase=phase)
 
 
-def test_a_step_before_the_first_snapshot_is_refused(run):
-    with pytest.raises(UserError, match=r"--step 3: the first snapshot of hints is of step 4; choose that or a later"):
-        make_average(run, 0.07, step=3)
+@pytest.mark.parametrize("step", [3, 5, 10**6])
+def test_a_step_without_a_snapshot_is_refused(run, step):
+    """Between snapshots and after the last the profile of a wanted average is far from any sum of stored ones."""
+    with pytest.raises(UserError, match=rf"--step {step}: hints has snapshots of steps 4, \d+, .*; choose one of them"):
+        make_average(run, 0.07, step=step)
     assert make_average(run, 0.07, step=4).snapshots == 2
+
+
+def test_a_name_that_sample_would_not_know_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match=r"--out .*average\.txt: expected a name that ends in \.safetensors"):
+        make_average(run, 0.07, out=tmp_path / "average.txt")
 
 
 def test_a_phase_whose_snapshots_are_all_unfinished_is_refused(run):

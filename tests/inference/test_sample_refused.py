@@ -36,9 +36,11 @@ def image(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--tiles", 0), "--tiles 0: expected at least 1"),
+        (("--tiles", 0), "--tiles 0: expected 1 to 1000000"),
         (("--batch-size", 0), "--batch-size 0: expected at least 1"),
-        (("--steps", 1), "--steps 1: expected at least 2"),
+        (("--tiles", 2_000_000_000), "--tiles 2000000000: expected 1 to 1000000"),
+        (("--steps", 1), "--steps 1: expected 2 to 10000"),
+        (("--steps", 10**11), "--steps 100000000000: expected 2 to 10000"),
         (("--seeds", 3, 7, 3), "--seeds: 3 stands there 2 times"),
         (("--seeds", 3, "--tiles", 2), "--seeds names every seed"),
         (("--seeds", 3, "--seed", 0), "--seeds names every seed"),
