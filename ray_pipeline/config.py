@@ -1,5 +1,5 @@
 """The whole YAML: `load_config` is its only reader; unknown or misspelt keys are refused with their path and the
-nearest right one. The sections are in sections.py.
+nearest right one. The sections are in sections.py and phase_sections.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.phase_sections import PhaseConfig
 from ray_pipeline.sections import (
     CONDITION_TYPES,
     PAIRED_TYPES,
@@ -23,7 +24,6 @@ from ray_pipeline.sections import (
     ModelConfig,
     MonitoringConfig,
     OptimizerConfig,
-    PhaseConfig,
     RayConfig,
     SchedulerConfig,
     Section,

@@ -17,7 +17,7 @@ from ray_pipeline.data.plan import SamplePlan
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.noise_embedding import FREQUENCIES
 from ray_pipeline.monitoring.progress import format_bytes, format_count, format_seconds
-from ray_pipeline.sections import PhaseConfig
+from ray_pipeline.phase_sections import PhaseConfig
 from ray_pipeline.storage import is_uri
 from ray_pipeline.training.build import make_network, precision
 

@@ -8,7 +8,7 @@ import yaml
 
 from ray_pipeline.config import Config, load_config, parse_config
 from ray_pipeline.errors import UserError
-from ray_pipeline.sections import DatasetChoice
+from ray_pipeline.phase_sections import DatasetChoice
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PHASES = {"phases": [{"name": "one", "epochs": 8}]}

@@ -11,7 +11,8 @@ from ray_pipeline.config import Config
 from ray_pipeline.data.latents import DataSet
 from ray_pipeline.data.plan import MixedPlan, Plan, SamplePlan
 from ray_pipeline.errors import UserError
-from ray_pipeline.sections import PAIRED_TYPES, PhaseConfig
+from ray_pipeline.phase_sections import PhaseConfig
+from ray_pipeline.sections import PAIRED_TYPES
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ray_pipeline.config import Config
 from ray_pipeline.diffusion.edm import EDM
 from ray_pipeline.models.dit import DiT, build_dit
 from ray_pipeline.models.loss_uncertainty import LossUncertainty
-from ray_pipeline.sections import PhaseConfig
+from ray_pipeline.phase_sections import PhaseConfig
 from ray_pipeline.training.ema import EMA, PowerEMA
 from ray_pipeline.training.state import TrainState
 

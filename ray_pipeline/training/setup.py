@@ -26,7 +26,7 @@ from ray_pipeline.data.tile_source import TileSource
 from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.diffusion.edm import EDM
 from ray_pipeline.errors import UserError
-from ray_pipeline.sections import PhaseConfig
+from ray_pipeline.phase_sections import PhaseConfig
 from ray_pipeline.storage import Folder
 from ray_pipeline.training.build import make_edm, make_network, make_state, precision, prepare_torch
 from ray_pipeline.training.loss import TrainingLoss
