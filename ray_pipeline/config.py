@@ -80,6 +80,12 @@ class Config(Section):
                 f"data.simulate.field_size {simulated.field_size} is not a multiple of data.tile_size "
                 f"{self.data.tile_size}; choose one that is"
             )
+        first = self.phases[0]
+        if first.trainable == "lora" and first.init is None:
+            raise ValueError(
+                f"phases.0.trainable: lora leaves the network as it is, but {first.name} is the first phase, so its "
+                "network is untrained; put a phase before it, or set phases.0.init to a checkpoint"
+            )
         if self.hint_control.lora_rank > self.model.shape["hidden_size"]:
             raise ValueError(
                 f"hint_control.lora_rank {self.hint_control.lora_rank} exceeds the network's hidden size of "

@@ -52,6 +52,8 @@ def make_average(
             f"--step {until}: {phase} has snapshots of steps {', '.join(map(str, steps))}; choose one of them"
         )
     used = [checkpoint for checkpoint in stored if checkpoint.state["step"] <= until]
+    for checkpoint in used:
+        checkpoint.verify()
     with ExitStack() as files:
         snapshots = [
             Snapshot(width, checkpoint.state["step"], _OpenTensors(checkpoint.path(group), files))
@@ -97,13 +99,11 @@ def _phase(run_dir: Path, phase: str | None) -> str:
 
 
 def _snapshots(run_dir: Path, phase: str) -> list[Checkpoint]:
-    """Snapshots of a phase in the order of their steps, each read and found whole."""
+    """Committed snapshots of a phase in the order of their steps."""
     store = CheckpointStore(run_dir / "ema_snapshots" / phase)
     stored = [store.load(name) for name in store.names(phase)]
     if not stored:
         raise UserError(f"{store.root} holds no finished snapshot; train on, or choose another --phase")
-    for checkpoint in stored:
-        checkpoint.verify()
     return stored
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ray_pipeline.config import Config
 from ray_pipeline.diffusion.edm import EDM
+from ray_pipeline.errors import UserError
 from ray_pipeline.models.dit import DiT, build_dit
 from ray_pipeline.models.loss_uncertainty import LossUncertainty
 from ray_pipeline.phase_sections import PhaseConfig
@@ -50,6 +51,11 @@ def make_network(config: Config, phase: PhaseConfig) -> DiT:
     )
     if phase.trainable == "lora":
         network.freeze_base()
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise UserError(
+                f"phase {phase.name} has nothing to train: hint_control.aligned is false, and in a network of this "
+                f"depth hints pass none of hint_control.lora_targets {', '.join(control.lora_targets)}; add qkv"
+            )
     return network
 
 

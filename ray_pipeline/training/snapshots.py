@@ -31,6 +31,7 @@ def save_snapshot(run: PhaseRun, header: WeightsHeader) -> None:
     if not tracks or not updated:
         return
     store = CheckpointStore(Path(run.job.run_dir, FOLDER, run.phase.name))
+    header = header.model_copy(update={"step": updated})
     name = f"{run.phase.name}_step_{run.state.step:08d}"
     store.delete(name)
     groups = {

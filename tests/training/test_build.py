@@ -54,7 +54,7 @@ def everything(network):
         ([PRIOR, HINTS, LORA], "lora", True, True, "hint control"),
         ([PRIOR, LORA, HINTS], "hints", True, True, "everything"),
         ([PRIOR, LORA, LORA | {"name": "again"}], "again", True, True, "hint control"),
-        ([LORA, PRIOR], "prior", False, False, "everything"),
+        ([LORA | {"init": "a.ckpt"}, PRIOR], "prior", False, False, "everything"),
     ],
     ids=lambda value: "-".join(phase["name"] for phase in value) if isinstance(value, list) else str(value),
 )
@@ -70,6 +70,13 @@ def test_a_phase_has_and_trains_what_the_config_says(phases, name, has_lora, has
         assert network.hint_lora.blocks[0]["proj"][0].weight.shape == (5, 32)
     own = {name for name, _ in network.named_parameters() if name.startswith(OWN)}
     assert trained(network) == (own if trains == "hint control" else everything(network))
+
+
+def test_a_phase_that_would_train_nothing_is_refused():
+    """In the last block, here the only one, hints pass no proj; without the aligned path nothing is left."""
+    config = make_config(PRIOR, LORA, model={"depth": 1}, hint_control={"aligned": False, "lora_targets": ["proj"]})
+    with pytest.raises(UserError, match=r"phase lora has nothing to train: .*lora_targets proj; add qkv"):
+        build(config, "lora")
 
 
 def test_low_rank_parts_are_of_rank_16_in_five_kinds_of_layers_unless_told():
@@ -288,6 +295,7 @@ def test_a_full_phase_with_hints_begins_as_the_unconditional_network(save):
     ("tree", "words"),
     [
         ({"phases": [PRIOR | {"trainable": "lora"}]}, r"phase prior has no condition_types; give it some"),
+        ({"phases": [LORA]}, r"phases\.0\.trainable: lora .* lora is the first phase, so its network is untrained"),
         ({"phases": [PRIOR | {"trainable": "LoRA"}]}, r"phases\.0\.trainable: input should be 'full' or 'lora'"),
         ({"hint_control": {"lora_targets": ["qkv", "q_proj"]}}, r"lora_targets\.1: input should be .*'fc2'.*'q_proj'"),
         ({"hint_control": {"lora_targets": ["qkv", "fc1", "qkv"]}}, r"lists an entry twice: qkv, fc1, qkv"),
