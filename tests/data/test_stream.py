@@ -88,7 +88,7 @@ def assert_planned(s: StreamSettings, step: int, batch: dict[str, np.ndarray]) -
         np.testing.assert_array_equal(batch[name], np.broadcast_to(expected, batch[name].shape), err_msg=name)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 120) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
