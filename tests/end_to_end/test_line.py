@@ -167,7 +167,7 @@ def test_status_tells_what_each_hint_alone_is_worth(finished, capsys):
 def test_a_run_gives_weights_of_an_average_that_nobody_tracked_and_tiles_from_them(
     finished, tiny_autoencoder, tmp_path, capsys
 ):
-    """Beside the stored two, so close to both; sampled by the command that any weights go through."""
+    """Near the tracked two, to the half precision of the snapshots; sampled by the command that any weights go through."""
     out = tmp_path / "average.safetensors"
     assert main(["ema", str(finished), "--std", "0.08", "--phase", "phase2_conditional", "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
@@ -175,9 +175,8 @@ def test_a_run_gives_weights_of_an_average_that_nobody_tracked_and_tiles_from_th
     assert (header.phase, header.ema) == ("phase2_conditional", "ema_power_0.08")
     stored = weights(finished, "phase2_conditional")
     tracked = [stored[f"ema_power_{std}/blocks.0.attn.qkv.weight"] for std in (0.05, 0.1)]
-    distances = [float((made["blocks.0.attn.qkv.weight"] - one).norm()) for one in tracked]
-    assert max(distances) < float((tracked[0] - tracked[1]).norm())
-    assert min(distances) > 0
+    for one in tracked:
+        assert 0 < float((made["blocks.0.attn.qkv.weight"] - one).norm()) < 1e-3 * float(one.norm())
     tiles = tmp_path / "tiles"
     words = ["--tiles", "2", "--steps", "2", "--vae", str(tiny_autoencoder), "--out", str(tiles)]
     assert main(["sample", str(out), *words]) == 0
