@@ -167,7 +167,7 @@ def test_status_tells_what_each_hint_alone_is_worth(finished, capsys):
 def test_a_run_gives_weights_of_an_average_that_nobody_tracked_and_tiles_from_them(
     finished, tiny_autoencoder, tmp_path, capsys
 ):
-    """Near the tracked two, to the half precision of the snapshots; sampled by the command that any weights go through."""
+    """Near the tracked two, to the half precision of the snapshots; sampled by the command for any weights."""
     out = tmp_path / "average.safetensors"
     assert main(["ema", str(finished), "--std", "0.08", "--phase", "phase2_conditional", "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
