@@ -44,7 +44,7 @@ def make_run(store, rank=0, world_size=1, hints=False, trainable="full", uncerta
     """A phase on one worker, with two micro-batches a step or more."""
     phase = {"name": "p", "epochs": 2, "trainable": trainable, "condition_dropout": 0.0}
     config = parse_config({
-        "phases": [phase | {"condition_types": ["denoising"] * hints}],
+        "phases": [{"name": "base", "epochs": 1}, phase | {"condition_types": ["denoising"] * hints}],
         "model": MODEL,
         "data": {"tile_size": 64},
         "train": TRAIN | {"uncertainty_weighting": uncertainty},
@@ -52,20 +52,20 @@ def make_run(store, rank=0, world_size=1, hints=False, trainable="full", uncerta
         "optimizer": {"lr": 1e-3, **optimizer},
     })  # fmt: skip
     torch.manual_seed(0)
-    network = make_network(config, config.phases[0])
+    network = make_network(config, config.phases[1])
     state, edm = make_state(config, network), make_edm(config)
     loss = TrainingLoss(edm, network, state.uncertainty)
     return PhaseRun(
-        job=PhaseJob({}, 0, 1, "", str(store.folder), None),
+        job=PhaseJob({}, 1, 1, "", str(store.folder), None),
         config=config,
-        phase=config.phases[0],
+        phase=config.phases[1],
         rank=rank,
         world_size=world_size,
         device=torch.device("cpu"),
         train_store=store,
         val_store=store,
         source=store,
-        mixture=make_mixture(config, config.phases[0], store.datasets, "store"),
+        mixture=make_mixture(config, config.phases[1], store.datasets, "store"),
         val_rows=np.arange(4),
         val_simulated=np.zeros(4, bool),
         checkpoints=CheckpointStore("unused"),
