@@ -1,4 +1,4 @@
-"""The one exception that is meant for a person, and how to find it inside what Ray raises."""
+"""The exceptions that are meant for a person, and how to find one inside what Ray raises."""
 
 
 class UserError(ValueError):
@@ -7,6 +7,17 @@ class UserError(ValueError):
     The command line prints it as one sentence and exits non-zero; any other exception is a defect of ours
     and keeps its traceback.
     """
+
+
+class RunStopped(Exception):
+    """Training was asked to stop and did; what it had done is committed, or the message says what is.
+
+    exit_code: of the process, 128 + the signal's number.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def find_user_error(error: BaseException) -> UserError | None:

@@ -231,12 +231,19 @@ class MonitoringConfig(Section):
     num_samples: Positive = 16
     sample_steps: Annotated[int, Field(ge=2)] = 20
     tensorboard: bool = True
+    log_samples: bool = False  # which samples each rank took at each step, in logs/samples/<phase>/
 
 
 class CheckpointConfig(Section):
-    """Safety saves between the epochs that a phase keeps; the newest one replaces the one before."""
+    """Where checkpoints lie, and safety saves between the epochs that a phase keeps; the newest one replaces the one
+    before.
 
+    background: write a copy in memory while training goes on (auto: where there is memory for it), or stand still.
+    """
+
+    store: str | None = None  # a path or URI; default: <output_dir>/checkpoints
     every_minutes: PositiveFloat | None = 30.0
+    background: Literal["auto", True, False] = "auto"
 
 
 class SweepConfig(Section):
