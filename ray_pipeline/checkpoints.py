@@ -3,25 +3,31 @@
 <store>/<name>.ckpt/<group>.safetensors   tensors, one file a group; no pickle
 <store>/<name>.ckpt/state.json            position, config and the sha256 of each file and of itself; written last: the
                                           commit mark
+<store>/attempts/                         who may commit, see attempts.py
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.fs
-import safetensors.torch
 from torch import Tensor
 
+from ray_pipeline.attempts import Attempt, AttemptRecord, begin_attempt, counts, read_attempts
 from ray_pipeline.errors import UserError
-from ray_pipeline.storage import replace_file
+from ray_pipeline.storage import Folder, StorageError
+from ray_pipeline.tensor_files import Hashed, read_tensors, tensor_parts
 
 SUFFIX = ".ckpt"
+MARK = "state.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_VERIFY_BYTES = 4 * 2**20
 
 
 class DamagedCheckpoint(UserError):
@@ -31,19 +37,36 @@ class DamagedCheckpoint(UserError):
 class Checkpoint(Mapping[str, dict[str, Tensor]]):
     """One committed checkpoint: `state`, and groups of tensors that are read and checked when they are asked for."""
 
-    def __init__(self, filesystem: pyarrow.fs.FileSystem, folder: str, record: dict, groups: list[str] | None = None):
-        self._filesystem, self.folder, self._files = filesystem, folder, record["files"]
+    def __init__(self, folder: Folder, record: dict, groups: list[str] | None = None):
+        self._folder, self._files = folder, record["files"]
         self.state: dict = record["state"]
         self._groups = list(self._files) if groups is None else groups
         unknown = [group for group in self._groups if group not in self._files]
         if unknown:
             raise UserError(f"checkpoint {folder} has no {unknown[0]!r}; it holds {', '.join(self._files)}")
 
+    @property
+    def folder(self) -> str:
+        """Path or URI."""
+        return self._folder.location
+
+    @property
+    def name(self) -> str:
+        return self._folder.name
+
     def __getitem__(self, group: str) -> dict[str, Tensor]:
         """Tensors of a group by name; DamagedCheckpoint when the file is not the one that was committed."""
         if group not in self._groups:
             raise KeyError(group)
-        return safetensors.torch.load(self._read(group))
+        with self._reading(group):
+            try:
+                with self._folder.stream(_file(group)) as file:
+                    tensors, sha256 = read_tensors(file, self._files[group]["bytes"])
+            except (ValueError, KeyError, TypeError, AttributeError):  # what comes of reading other bytes as a header
+                sha256 = None
+        if sha256 != self._files[group]["sha256"]:
+            raise self._changed(group)
+        return tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._groups)
@@ -56,50 +79,75 @@ class Checkpoint(Mapping[str, dict[str, Tensor]]):
         return sum(entry["bytes"] for entry in self._files.values())
 
     def path(self, group: str) -> str:
-        """Where the file of a group lies on the checkpoint's filesystem."""
-        return f"{self.folder}/{group}.safetensors"
+        """Location of the file of a group."""
+        return self._folder.where(_file(group))
 
     def verify(self) -> None:
         """Read every file and compare its hash; DamagedCheckpoint names the first that differs."""
-        for group in self._files:
-            self._read(group)
+        for group, entry in self._files.items():
+            digest = hashlib.sha256()
+            with self._reading(group), self._folder.stream(_file(group)) as file:
+                while data := file.read(_VERIFY_BYTES):
+                    digest.update(data)
+            if digest.hexdigest() != entry["sha256"]:
+                raise self._changed(group)
 
-    def _read(self, group: str) -> bytes:
-        path = self.path(group)
+    @contextmanager
+    def _reading(self, group: str) -> Iterator[None]:
+        # a store that does not answer is another matter: its StorageError passes
         try:
-            with self._filesystem.open_input_file(path) as file:
-                data = file.read()
-        except OSError:
+            with self._folder.reaching(_file(group)):
+                yield
+        except (FileNotFoundError, StorageError) as error:
+            gone = isinstance(error, FileNotFoundError) or getattr(error.__cause__, "errno", None) == errno.EIO
+            if not gone:
+                raise
             raise DamagedCheckpoint(
-                f"checkpoint file {path} is missing or unreadable; use another checkpoint"
+                f"checkpoint file {self.path(group)} is missing or unreadable; use another checkpoint"
             ) from None
-        if hashlib.sha256(data).hexdigest() != self._files[group]["sha256"]:
-            raise DamagedCheckpoint(f"checkpoint file {path} was changed after it was saved; use another checkpoint")
-        return data
+
+    def _changed(self, group: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(
+            f"checkpoint file {self.path(group)} was changed after it was saved; use another checkpoint"
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that can be used, and in words each newer one that cannot."""
+
+    checkpoint: Checkpoint | None
+    passed_over: tuple[str, ...]
 
 
 class CheckpointStore:
-    """Checkpoints under one local path or URI. Names end in .ckpt and begin with the phase's name."""
+    """Checkpoints under one local path or URI. Names end in .ckpt and begin with the phase's name.
 
-    def __init__(self, uri: str | Path):
-        text = str(uri)
-        if "://" not in text:
-            self._filesystem, self.root = pyarrow.fs.LocalFileSystem(), str(Path(text).absolute())
-        else:
-            try:
-                self._filesystem, self.root = pyarrow.fs.FileSystem.from_uri(text)
-            except (ValueError, OSError) as error:
-                raise UserError(
-                    f"checkpoint store {text} cannot be opened ({' '.join(str(error).split())}); give a local folder "
-                    "or a URI such as s3://bucket/folder"
-                ) from None
-        self._local = isinstance(self._filesystem, pyarrow.fs.LocalFileSystem)
+    attempt: whoever saves under an attempt is stopped (attempts.Superseded) once another one has begun.
+    """
+
+    def __init__(self, uri: str | Path | Folder, attempt: Attempt | None = None):
+        self._folder = uri if isinstance(uri, Folder) else Folder(uri)
+        self.attempt = attempt
+        _ = self._folder.local  # a location that cannot be opened is told now
+
+    @property
+    def root(self) -> str:
+        """Path or URI of the store."""
+        return self._folder.location
 
     def path(self, name: str) -> str:
-        """Where checkpoint `name` lies on its filesystem."""
-        if not _NAME.fullmatch(name):
-            raise UserError(f"checkpoint name {name!r} may hold letters, digits, '.', '_' and '-' only")
-        return f"{self.root}/{name.removesuffix(SUFFIX)}{SUFFIX}"
+        """Path or URI of checkpoint `name`; `open_checkpoint` opens it."""
+        return self._at(name).location
+
+    def begin(self, phase: str, world_size: int) -> Attempt:
+        """Take the next attempt at the run, under which this store saves from now on."""
+        self.attempt = begin_attempt(self._folder, phase, world_size)
+        return self.attempt
+
+    def attempts(self) -> list[AttemptRecord]:
+        """All attempts at the run so far, by number."""
+        return read_attempts(self._folder)
 
     def save(
         self,
@@ -112,114 +160,132 @@ class CheckpointStore:
 
         metadata: what every safetensors file says of itself, so that it can be used alone.
         FileExistsError when `name` is committed already. What an interrupted save left behind is replaced, and so is
-        a damaged checkpoint: the run that fell back to an older one comes to this name again.
+        a checkpoint that is damaged or does not count: the run that fell back to an older one comes to this name again.
         """
-        folder = self.path(name)
-        if self._is_whole(folder):
+        folder = self._at(name)
+        if self._stands(folder):
             raise FileExistsError(f"checkpoint {folder} is committed already; a name is never overwritten")
+        self._check_attempt()
         self.delete(name)
-        self._filesystem.create_dir(folder, recursive=True)
+        folder.create()
         files = {}
         for group, tensors in groups.items():
-            plain = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-            data = safetensors.torch.save(plain, metadata=None if metadata is None else dict(metadata))
-            files[group] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-            self._write(f"{folder}/{group}.safetensors", data)
-        record = json.loads(json.dumps({"files": files, "state": dict(state)}))  # as it will be read
-        self._write(f"{folder}/state.json", json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
-        return folder.rsplit("/", 1)[1]
+            self._check_attempt()
+            parts = Hashed(tensor_parts(tensors, metadata))
+            folder.write(_file(group), parts)
+            files[group] = {"sha256": parts.sha256, "bytes": parts.bytes}
+        attempt = {} if self.attempt is None else {"attempt": self.attempt.number}
+        record = json.loads(json.dumps({"files": files, "state": {**state, **attempt}}))  # as it will be read
+        self._check_attempt()
+        folder.write(MARK, json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
+        return folder.name
 
     def load(self, name: str, groups: list[str] | None = None) -> Checkpoint:
         """The committed checkpoint `name`; tensors are read when asked for. UserError when it does not exist."""
-        folder = self.path(name)
-        record = self._record(folder)
+        folder = self._at(name)
+        record = _record(folder)
         if record is None:
             known = ", ".join(self.names()) or "none"
             raise UserError(f"no committed checkpoint at {folder}; found: {known}")
-        return Checkpoint(self._filesystem, folder, record, groups)
+        return Checkpoint(folder, record, groups)
 
     def names(self, phase: str | None = None) -> list[str]:
-        """Committed checkpoints of a phase (default: of all), by phase and position."""
+        """Committed checkpoints of a phase (default: of all) that count, by phase and position."""
+        return [checkpoint.name for checkpoint in self.checkpoints(phase)]
+
+    def checkpoints(self, phase: str | None = None) -> list[Checkpoint]:
+        """As `names`, opened."""
+        attempts = self.attempts()
         found = []
-        selector = pyarrow.fs.FileSelector(self.root, allow_not_found=True)
-        for entry in self._filesystem.get_file_info(selector):
-            record = self._record(entry.path) if entry.base_name.endswith(SUFFIX) else None
+        for name in self._folder.folders():
+            folder = self._folder.child(name)
+            record = _record(folder) if name.endswith(SUFFIX) else None
             if record is None or phase not in (None, record["state"].get("phase")):
                 continue
-            state = record["state"]
-            found.append((str(state.get("phase")), state.get("position", 0), entry.base_name))
-        return [name for _, _, name in sorted(found)]
+            if counts(record["state"], attempts):
+                found.append(Checkpoint(folder, record))
+        return sorted(found, key=lambda one: (str(one.state.get("phase")), one.state.get("position", 0), one.name))
 
     def latest(self, phase: str) -> Checkpoint | None:
         """The newest checkpoint of a phase whose every byte is the committed one; None when there is none."""
-        for name in reversed(self.names(phase)):
-            checkpoint = self.load(name)
+        return self.search(phase).checkpoint
+
+    def search(self, phase: str) -> Found:
+        """As `latest`, with what was passed over."""
+        passed_over = [
+            f"{self.path(name)} is no checkpoint that counts: its save was interrupted or its {MARK} was lost or "
+            "changed, or a superseded attempt made it"
+            for name in self.strays(phase)
+        ]
+        for checkpoint in reversed(self.checkpoints(phase)):
             try:
                 checkpoint.verify()
-            except DamagedCheckpoint:
+            except DamagedCheckpoint as error:
+                passed_over.append(str(error))
                 continue
-            return checkpoint
-        return None
+            return Found(checkpoint, tuple(passed_over))
+        return Found(None, tuple(passed_over))
+
+    def strays(self, phase: str) -> list[str]:
+        """Folders named like a checkpoint of this phase that are none, or do not count."""
+        known = set(self.names(phase))
+        own = (f"{phase}_epoch_", f"{phase}_step_")
+        return [
+            name
+            for name in self._folder.folders()
+            if name.endswith(SUFFIX) and name.startswith(own) and name not in known
+        ]
 
     def delete(self, name: str) -> None:
         """Remove a checkpoint, its commit mark first."""
-        folder = self.path(name)
-        if self._exists(f"{folder}/state.json"):
-            self._filesystem.delete_file(f"{folder}/state.json")
-        self._remove(folder)
+        folder = self._at(name)
+        folder.remove([MARK])
+        folder.delete()
 
-    def _write(self, path: str, data: bytes) -> None:
-        # an object store shows an object only once it is whole; a local file needs the rename, and must have reached
-        # the disk before the checkpoint before this one is deleted
-        if self._local:
-            replace_file(path, data)
-            return
-        with self._filesystem.open_output_stream(path) as file:
-            file.write(data)
+    def _at(self, name: str) -> Folder:
+        if not _NAME.fullmatch(name):
+            raise UserError(f"checkpoint name {name!r} may hold letters, digits, '.', '_' and '-' only")
+        return self._folder.child(f"{name.removesuffix(SUFFIX)}{SUFFIX}")
 
-    def _record(self, folder: str) -> dict | None:
-        path = f"{folder}/state.json"
-        try:
-            with self._filesystem.open_input_file(path) as file:
-                record = json.loads(file.read())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return None
-        except OSError as error:
-            # a store that does not answer must not look like an empty one: the run would begin again at 0
-            raise UserError(
-                f"checkpoint file {path} cannot be read ({' '.join(str(error).split())}); check the storage and its "
-                "permissions, then resume"
-            ) from error
-        if not isinstance(record, dict):
-            return None
-        return record if record.pop("sha256", None) == _digest(record) else None
+    def _check_attempt(self) -> None:
+        if self.attempt is not None:
+            self.attempt.check()
 
-    def _is_whole(self, folder: str) -> bool:
-        record = self._record(folder)
-        if record is None:
+    def _stands(self, folder: Folder) -> bool:
+        """Whether this name is committed, whole and counts."""
+        record = _record(folder)
+        if record is None or not counts(record["state"], self.attempts()):
             return False
         try:
-            Checkpoint(self._filesystem, folder, record).verify()
+            Checkpoint(folder, record).verify()
         except DamagedCheckpoint:
             return False
         return True
 
-    def _exists(self, path: str) -> bool:
-        return self._filesystem.get_file_info(path).type != pyarrow.fs.FileType.NotFound
 
-    def _remove(self, folder: str) -> None:
-        if self._exists(folder):
-            self._filesystem.delete_dir(folder)
+def open_checkpoint(location: str) -> Checkpoint:
+    """A checkpoint by the path or URI of its own folder; UserError when it is not a committed one."""
+    folder = Folder(location)
+    if not folder.name.endswith(SUFFIX):
+        raise UserError(f"{location} does not end in {SUFFIX}; give the folder of one checkpoint")
+    return CheckpointStore(folder.parent).load(folder.name)
+
+
+def _file(group: str) -> str:
+    return f"{group}.safetensors"
+
+
+def _record(folder: Folder) -> dict | None:
+    """What the commit mark says, None where there is no whole one."""
+    try:
+        record = json.loads(folder.read(MARK))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    return record if record.pop("sha256", None) == _digest(record) else None
 
 
 def _digest(record: Mapping) -> str:
     """sha256 of a record's values, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def open_checkpoint(folder: str) -> Checkpoint:
-    """A checkpoint by the path or URI of its own folder; UserError when it is not a committed one."""
-    parent, _, name = folder.rstrip("/").rpartition("/")
-    if not name.endswith(SUFFIX):
-        raise UserError(f"{folder} does not end in {SUFFIX}; give the folder of one checkpoint")
-    return CheckpointStore(parent or ".").load(name)

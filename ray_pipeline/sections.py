@@ -215,6 +215,7 @@ class TrainConfig(Section):
     compile: bool = False
     activation_checkpointing: bool = False  # less memory for one more forward pass
     uncertainty_weighting: bool = False  # weigh noise levels by a learned uncertainty (Karras et al. 2024)
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 10  # of 100 steps, those whose loss may be not finite
 
 
 class MonitoringConfig(Section):

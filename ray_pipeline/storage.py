@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -16,6 +16,11 @@ from pyarrow import fs
 from ray_pipeline.errors import UserError
 
 Data = bytes | bytearray | memoryview
+_STREAM_BYTES = 4 * 2**20
+
+
+class StorageError(UserError):
+    """The disk, the network or the service refuses; the message names the file."""
 
 
 def is_uri(text: str) -> bool:
@@ -27,8 +32,7 @@ class Folder:
     """A folder given by a path or a URI that pyarrow opens (s3://bucket/folder, gs://..., file:///...).
 
     Cheap to pickle: the connection is made where it is used. Credentials come from the environment alone. What the
-    disk, the network or the service refuses is a UserError that names the file; one that is not there is a
-    FileNotFoundError.
+    disk, the network or the service refuses is a StorageError; a file that is not there is a FileNotFoundError.
     """
 
     def __init__(self, location: str | Path):
@@ -73,7 +77,15 @@ class Folder:
         if not is_uri(self.location):
             return Folder(Path(self.location, *names))
         base, mark, query = self.location.partition("?")
-        return Folder("/".join([base, *map(quote, names)]) + mark + query)
+        below = Folder("/".join([base, *map(quote, names)]) + mark + query)
+        filesystem, path = self._opened  # one connection for all
+        below.__dict__["_opened"] = filesystem, "/".join([path.rstrip("/"), *names])
+        return below
+
+    @property
+    def name(self) -> str:
+        """Last part of the location."""
+        return unquote(self.location.partition("?")[0] if is_uri(self.location) else self.location).rpartition("/")[2]
 
     @property
     def parent(self) -> Folder:
@@ -101,6 +113,13 @@ class Folder:
             listed = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return dict(sorted((info.base_name, info.size) for info in listed if info.type == fs.FileType.File))
 
+    def folders(self) -> list[str]:
+        """Names of the folders in this folder, sorted; none where it is not there."""
+        filesystem, path = self._opened
+        with self.reaching():
+            listed = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in listed if info.type == fs.FileType.Directory)
+
     def names(self) -> list[str]:
         """Names of the files in this folder, sorted; none where the folder is not there."""
         return list(self.sizes())
@@ -115,16 +134,22 @@ class Folder:
         with self.reaching(name):
             return self._opened[0].open_input_file(self._path(name))
 
-    def write(self, name: str, *parts: Data) -> None:
-        """Write a file from its parts: a reader, or a kill, finds the old one or the new one, never a piece.
+    def stream(self, name: str) -> pa.NativeFile:
+        """A file from its beginning to its end; else as `open`."""
+        with self.reaching(name):
+            return self._opened[0].open_input_stream(self._path(name), buffer_size=_STREAM_BYTES)
+
+    def write(self, name: str, parts: Data | Iterable[Data]) -> None:
+        """Write a file from its bytes, or their parts in order: a reader, or a kill, finds the old one or the new one,
+        never a piece.
 
         A local write that fails leaves the old file, one to object storage may leave none.
         """
         with self.reaching(name):
             if self.local is not None:
-                replace_file(self.local / name, *parts)
+                replace_file(self.local / name, parts)
             else:
-                self._upload(self._path(name), parts)
+                self._upload(self._path(name), _parts(parts))
 
     def _upload(self, path: str, parts: Iterable[Data]) -> None:
         filesystem, _ = self._opened
@@ -146,9 +171,19 @@ class Folder:
             with self.reaching(name), suppress(FileNotFoundError):
                 self._opened[0].delete_file(self._path(name))
 
+    def create(self) -> None:
+        """Make the folder, where the storage has such things."""
+        with self.reaching():
+            self._opened[0].create_dir(self._opened[1], recursive=True)
+
+    def delete(self) -> None:
+        """Delete the folder and all in it, if it is there."""
+        with self.reaching(), suppress(FileNotFoundError):
+            self._opened[0].delete_dir(self._opened[1])
+
     @contextmanager
     def reaching(self, name: str = "") -> Iterator[None]:
-        """Make a UserError that names the file of what goes wrong within; a FileNotFoundError stays one."""
+        """Make a StorageError of what goes wrong within; a FileNotFoundError stays one."""
         try:
             yield
         except FileNotFoundError:
@@ -159,7 +194,7 @@ class Folder:
                 if self.local is not None
                 else "check the location, the credentials in the environment and the network"
             )
-            raise UserError(f"{self.where(name).rstrip('/')} cannot be used ({_reason(error)}); {remedy}") from error
+            raise StorageError(f"{self.where(name).rstrip('/')} cannot be used ({_reason(error)}); {remedy}") from error
 
     def _path(self, name: str) -> str:
         return f"{self._opened[1].rstrip('/')}/{name}"
@@ -174,8 +209,13 @@ def _reason(error: BaseException) -> str:
     return (of_service[0] if of_service else text)[:200]
 
 
-def replace_file(path: str | Path, *parts: Data) -> None:
-    """Write bytes to `path` so that a reader, or a kill, finds the old file or the new one, never a part.
+def _parts(data: Data | Iterable[Data]) -> Iterable[Data]:
+    return (data,) if isinstance(data, Data) else data
+
+
+def replace_file(path: str | Path, data: Data | Iterable[Data]) -> None:
+    """Write bytes, or their parts in order, to `path` so that a reader, or a kill, finds the old file or the new one,
+    never a part; when this returns the new one outlives a loss of power.
 
     Creates the folder. Raises OSError, and then the old file is still there and no temporary file is left.
     """
@@ -184,7 +224,7 @@ def replace_file(path: str | Path, *parts: Data) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for part in parts:
+            for part in _parts(data):
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
@@ -192,3 +232,8 @@ def replace_file(path: str | Path, *parts: Data) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must reach the disk
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

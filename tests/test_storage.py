@@ -34,7 +34,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
 
 
 def test_what_is_written_is_read_back(folder):
-    folder.write("parts.bin", b"abc", bytearray(b"def"), memoryview(b"ghi"))
+    folder.write("parts.bin", [b"abc", bytearray(b"def"), memoryview(b"ghi")])
     folder.write("empty.bin")
     assert folder.read("parts.bin") == b"abcdefghi"
     assert folder.read("empty.bin") == b""
@@ -53,7 +53,7 @@ def test_a_second_write_replaces_the_first(folder):
 
 def test_a_file_of_several_upload_parts_comes_back_whole(folder):
     data = os.urandom(1 << 20)
-    folder.write("big", *[data] * 12)  # pyarrow sends 10 MiB at a time
+    folder.write("big", [data] * 12)  # pyarrow sends 10 MiB at a time
     assert folder.size("big") == 12 << 20
     assert folder.read("big") == data * 12
 
@@ -91,7 +91,7 @@ def test_a_file_that_is_not_there_stays_a_file_not_found_error(folder):
 
 def test_a_write_that_fails_half_way_leaves_no_piece(folder):
     with pytest.raises(TypeError):
-        folder.write("a", b"x" * (6 << 20), None)
+        folder.write("a", [b"x" * (6 << 20), None])
     assert folder.size("a") == -1
     assert folder.names() == []
 

@@ -100,7 +100,7 @@ def write_shard(folder: Folder, name: str, values: np.ndarray) -> dict:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
     parts = (header.getvalue(), memoryview(values.reshape(-1).view(np.uint8)))
-    folder.write(name, *parts)
+    folder.write(name, parts)
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -33,7 +33,8 @@ PREVIEW_PIXELS = 1024
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One optimizer step, or the mean over the steps since the last such event."""
+    """One optimizer step, or the mean over the steps since the last such event; `skipped` of them had no finite loss or
+    gradient and changed nothing."""
 
     phase: str
     step: int
@@ -44,6 +45,7 @@ class StepEvent:
     grad_norm: float
     samples_per_second: float
     data_wait_seconds: float
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class SampleEvent:
 
 @dataclass(frozen=True)
 class CheckpointEvent:
-    """Checkpoint `name` was committed; `kind` says why, `seconds` how long training stood still for it."""
+    """Checkpoint `name` was committed; `kind` says why, `seconds` how long training stood still for it,
+    `write_seconds` how long writing took."""
 
     phase: str
     step: int
@@ -80,6 +83,7 @@ class CheckpointEvent:
     name: str
     kind: str
     seconds: float
+    write_seconds: float
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,17 @@ class PhaseEvent:
     message: str
 
 
-Event = StepEvent | ValidationEvent | SampleEvent | CheckpointEvent | PhaseEvent
+@dataclass(frozen=True)
+class FaultEvent:
+    """Something went wrong and the run went on; `kind`: skip, rollback, save, damage, ..."""
+
+    phase: str
+    step: int
+    kind: str
+    message: str
+
+
+Event = StepEvent | ValidationEvent | SampleEvent | CheckpointEvent | PhaseEvent | FaultEvent
 
 EVENT_NAMES: dict[type, str] = {
     StepEvent: "step",
@@ -100,6 +114,7 @@ EVENT_NAMES: dict[type, str] = {
     SampleEvent: "sample",
     CheckpointEvent: "checkpoint",
     PhaseEvent: "phase",
+    FaultEvent: "fault",
 }
 _FLOAT_FIELDS = {
     name: tuple(field.name for field in fields(kind) if field.type is float) for kind, name in EVENT_NAMES.items()
@@ -189,19 +204,34 @@ def cut_records(path: Path, phase: str, resume_step: int | None) -> None:
 
 
 class _JsonLines:
-    """Sink: one JSON object a line."""
+    """Sink: one JSON object a line. What a full disk refuses is kept and written with the next event."""
 
     def __init__(self, path: Path, phase: str, resume_step: int | None):
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_records(path, phase, resume_step)
-        self.file = FileIO(path, "a")
+        self.path, self.file, self.kept = path, FileIO(path, "a"), b""
 
     def emit(self, event: Event) -> None:
         line = json.dumps(to_record(event), allow_nan=False) + "\n"
-        _write_whole(self.file, line.encode("ascii"))
+        self._write(self.kept + line.encode("ascii"))
 
     def close(self) -> None:
+        self._write(self.kept)
         self.file.close()
+        if self.kept:
+            raise OSError(f"the last {self.kept.count(b'\n')} records could not be written")
+
+    def _write(self, data: bytes) -> None:
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            _write_whole(self.file, data)
+        except OSError as error:
+            os.ftruncate(self.file.fileno(), size)  # part of a line may be there
+            if not self.kept:
+                logger.warning("%s cannot be written (%s); its records are kept until it can", self.path, error)
+            self.kept = data
+        else:
+            self.kept = b""
 
 
 class _TensorBoard:
@@ -224,8 +254,9 @@ class _TensorBoard:
             self._write(step=resume_step + 1, session_log={"status": event_pb2.SessionLog.START})
 
     def emit(self, event: Event) -> None:
-        if isinstance(event, PhaseEvent):
-            summary = self._text("phase", f"{event.status}: {event.message}")
+        if isinstance(event, PhaseEvent | FaultEvent):
+            word = event.status if isinstance(event, PhaseEvent) else event.kind
+            summary = self._text(EVENT_NAMES[type(event)], f"{word}: {event.message}")
         else:
             points = tensorboard_scalars(event).items()
             summary = {"value": [{"tag": tag, "simple_value": float(value)} for tag, value in points]}

@@ -33,7 +33,7 @@ class BestCheckpoint(_Record):
 class PhaseProgress(_Record):
     """One phase: `step` of `steps` optimizer steps, `position` in samples, `epoch` of `epochs` (from 1)."""
 
-    status: Literal["pending", "running", "finished"] = "pending"
+    status: Literal["pending", "running", "stopped", "finished"] = "pending"
     step: int = 0
     position: int = 0
     epoch: int = 0

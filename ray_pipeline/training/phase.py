@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -14,41 +15,85 @@ import torch.distributed
 from ray_pipeline.data.stream import ReadAhead, stream
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.events import StepEvent
+from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
 from ray_pipeline.training.pictures import draw_progress, draw_samples
 from ray_pipeline.training.records import PhaseRecords
+from ray_pipeline.training.sample_log import SampleLog
 from ray_pipeline.training.setup import PhaseJob, PhaseRun, open_data, open_phase, stream_settings
 from ray_pipeline.training.snapshots import snapshot_is_due
-from ray_pipeline.training.step import StepResult, learning_rate, optimize, prepared, warm_up
+from ray_pipeline.training.step import StepInput, StepResult, avoid, learning_rate, optimize, prepared, warm_up
+from ray_pipeline.training.stopping import StopWatch
 from ray_pipeline.training.validation import paired_gain, untrained_loss, validate
 
 _UNTRAINED_TOLERANCE = 0.02
 
 
 def train_phase(job: dict) -> None:
-    """Train what is left of a phase: resume is a start at a later step, so there is no other path."""
-    data = open_data(PhaseJob(**job))
+    """Train what is left of a phase: resume is a start at a later step, so there is no other path.
+
+    After too many steps without a finite loss it goes back to the checkpoint before them and leaves their range out;
+    UserError when that happens again.
+    """
+    job = PhaseJob(**job)
+    with StopWatch(job.stop, job) as watch:
+        trouble = train_attempt(job, watch)
+        if trouble is not None:
+            again = train_attempt(job, watch)
+            if again is not None:
+                raise UserError(
+                    f"more than train.max_skipped_steps of the steps {again.first} to {again.last} have no finite loss "
+                    f"or gradient, and so had {trouble.first} to {trouble.last} before; {again.report} lists their "
+                    "samples; lower optimizer.lr or set train.precision=fp32 (--allow-change), or mend the tiles"
+                )
+
+
+def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
+    """Train from the newest checkpoint until the phase ends, someone asks to stop, or there is trouble."""
+    data = open_data(job)
     with ExitStack() as stack:
         # first of all: Ray Data needs seconds to start, as building the network does
         steps = ReadAhead(stream(stream_settings(data), data.first_step, data.total_steps))
         stack.callback(steps.close)
-        batches = ReadAhead(prepared(data, steps))
-        stack.callback(batches.close)
+        inputs = ReadAhead(prepared(data, steps))
+        stack.callback(inputs.close)
         run = open_phase(data)
         records = stack.enter_context(PhaseRecords(run)) if run.rank == 0 else None
+        log = stack.enter_context(SampleLog(run)) if run.config.monitoring.log_samples else None
         if run.state.step == 0:
             measure_untrained(run, records)
         warm_up(run)
-        interval = Interval(run)
+        interval, skipped = Interval(run), SkippedSteps(run)
         while run.state.step < run.total_steps:
-            started = time.perf_counter()
-            step, micro = next(batches)
-            interval.waited += time.perf_counter() - started
-            interval.add(optimize(run, step, micro))
+            taken = interval.next(inputs)
+            result = train_step(run, taken, watch)
+            interval.add(result)
+            if log:
+                log.add(taken)
+            if result.skipped and run.state.step not in run.start.avoid:
+                trouble = skipped.add(result)
+                if records:
+                    records.skip(skipped, trouble)
+                if trouble:
+                    return trouble
             if run.state.step % run.config.monitoring.log_every_n_steps == 0 or run.state.step == run.total_steps:
                 interval.report(records)
             finish_step(run, records)
+            if records:
+                records.after_step(save=result.save)
+            if result.stop:
+                if records:
+                    records.stop(watch.stop)
+                return None
             interval.restart_clock()
         finish_phase(run, records)
+    return None
+
+
+def train_step(run: PhaseRun, taken: StepInput, watch: StopWatch) -> StepResult:
+    """One step, unless it is known to have no finite loss."""
+    if taken.step + 1 in run.start.avoid:
+        return avoid(run, taken.step)
+    return optimize(run, taken.step, taken.batches, save=watch.save, stop=bool(watch.stop))
 
 
 def ended_epochs(run: PhaseRun) -> range:
@@ -61,14 +106,12 @@ def finish_step(run: PhaseRun, records: PhaseRecords | None) -> None:
     """What follows an update: validation, samples, checkpoint, in this order."""
     ended = ended_epochs(run)
     if records and snapshot_is_due(run.state.step, run.total_steps, run.config.ema.snapshots):
-        records.snapshot()
+        records.save_snapshot()
     if not ended:
         if run.state.step % run.config.monitoring.val_check_interval == 0:
             validation = validate(run)
             if records:
                 records.validation(validation)
-        if records and records.safety_save_is_due():
-            records.save("safety")
         return
     validation = validate(run)
     if not records:
@@ -77,12 +120,12 @@ def finish_step(run: PhaseRun, records: PhaseRecords | None) -> None:
     last = run.phase.epochs in ended
     every = run.config.monitoring.sample_every_n_epochs
     if run.config.monitoring.plot_samples and (last or any(epoch % every == 0 for epoch in ended)):
-        draw_samples(run, records.events, ended[-1])
+        records.draw("samples", lambda: draw_samples(run, records.events, ended[-1]))
     kept = [epoch for epoch in ended if epoch in run.phase.save_epochs]
     if kept or best or last:
         records.save("epoch" if kept else "best" if best else "last", epoch=(kept or list(ended))[-1])
     if kept:
-        draw_progress(run, records.progress.baseline_val_loss, keep=True)
+        records.draw("progress", lambda: draw_progress(run, records.progress.baseline_val_loss, keep=True))
 
 
 def measure_untrained(run: PhaseRun, records: PhaseRecords | None) -> None:
@@ -143,6 +186,13 @@ class Interval:
     seconds: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
+    def next(self, inputs: Iterator[StepInput]) -> StepInput:
+        """The next step's input, and how long it was waited for."""
+        started = time.perf_counter()
+        taken = next(inputs)
+        self.waited += time.perf_counter() - started
+        return taken
+
     def add(self, result: StepResult) -> None:
         self.results.append(result)
         self.seconds += time.perf_counter() - self.since
@@ -153,8 +203,9 @@ class Interval:
         self.since = time.perf_counter()
 
     def report(self, records: PhaseRecords | None) -> None:
-        """Mean loss over the steps of this interval, and its pace."""
+        """Mean loss over the steps of this interval that changed something, and its pace."""
         run, count = self.run, len(self.results)
+        done = [result for result in self.results if not result.skipped]
         samples = run.plan.global_batch * count
         if records:
             step = run.state.step
@@ -164,11 +215,12 @@ class Interval:
                     step=step,
                     position=step * run.plan.global_batch,
                     epoch=records.epoch(),
-                    loss=math.fsum(result.loss for result in self.results) / count,
+                    loss=math.fsum(result.loss for result in done) / len(done) if done else math.nan,
                     lr=learning_rate(run.config.optimizer, step - 1, run.total_steps, run.phase.lr),
                     grad_norm=self.results[-1].grad_norm,
                     samples_per_second=samples / max(self.seconds, 1e-9),
                     data_wait_seconds=self.waited / count,
+                    skipped=count - len(done),
                 )
             )
             records.note_step()

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.data.hint_registry import resolve_hints
+from ray_pipeline.errors import UserError
 from ray_pipeline.models.weights import LatentsHeader, WeightsHeader
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.events import CheckpointEvent, EventLog, PhaseEvent, ValidationEvent
+from ray_pipeline.monitoring.events import CheckpointEvent, EventLog, FaultEvent, PhaseEvent, ValidationEvent
+from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
 from ray_pipeline.training.pictures import draw_progress
+from ray_pipeline.training.retention import best_of, checkpoint_name, obsolete_names
+from ray_pipeline.training.saving import Outcome, Save, Saver, fits_in_memory
 from ray_pipeline.training.setup import PhaseRun
-from ray_pipeline.training.snapshots import save_snapshot
+from ray_pipeline.training.snapshots import snapshot
 from ray_pipeline.training.validation import Validation
 
 #: a chart takes about a second, so it is drawn at most this often between epochs that are kept
 _SECONDS_BETWEEN_CHARTS = 20.0
+#: a run that was superseded learns it within so many seconds, and before every file of a checkpoint
+_SECONDS_BETWEEN_CHECKS = 5.0
+#: how long the end of a phase waits for a storage that refuses
+_PATIENCE_SECONDS = 600.0
+_PAUSE_SECONDS = 2.0
+#: after a save that was refused and not kept, the next one comes so soon
+_RETRY_SECONDS = 60.0
 
 
 class PhaseRecords:
@@ -35,33 +47,101 @@ class PhaseRecords:
             tensorboard=run.config.monitoring.tensorboard,
             resume_step=run.state.step or -1,  # a start at 0 makes its step-0 records again
         )
-        self.saved_at = time.monotonic()
+        self.saver = Saver()
+        self.states: dict[str, dict] = {}  # of checkpoints that are committed, or are being saved, by name
+        self.committed: list[str] = []
+        self.strays: tuple[str, ...] = ()
+        self.stood_still: dict[str, float] = {}
+        self.said: set[str] = set()
+        self.due_at = self._next_safety_save()
+        self.checked_at = time.monotonic()
         self.charted_at = -math.inf
+        self._stack = ExitStack()
 
     def __enter__(self) -> PhaseRecords:
         run, progress = self.run, self.progress
-        names = run.checkpoints.names(run.phase.name)
-        progress.status, progress.attempt = "running", run.job.attempt
+        self._stack.callback(self.events.close)
+        self._stack.enter_context(self.saver)
+        self._open_checkpoints()
+        progress.status, progress.attempt = "running", run.start.attempt
         progress.steps, progress.epochs = run.total_steps, run.phase.epochs
-        progress.checkpoints, progress.last = names, names[-1] if names else None
-        progress.best = best_of(run.checkpoints, names)
         self.state.current_phase = run.phase.name
         word = "resumed" if run.state.step else "started"
         message = f"{word} at step {run.state.step} of {run.total_steps} on {run.world_size} worker(s)"
         self.events.emit(PhaseEvent(run.phase.name, word, run.state.step, message))
-        self.state.record(word, f"{run.phase.name}: {message}")
+        self.state.record(word, f"{run.phase.name}: {message}, attempt {run.start.attempt}")
+        for words in run.start.passed_over:
+            self.fault("checkpoint", words)
         self._write()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.events.close()
+        self._stack.close()
+
+    def _open_checkpoints(self) -> None:
+        run = self.run
+        found = run.checkpoints.checkpoints(run.phase.name)
+        self.states = {checkpoint.name: checkpoint.state for checkpoint in found}
+        self.strays = tuple(run.checkpoints.strays(run.phase.name))
+        self.committed = list(self.states)
+        before = {} if run.newest is None else run.newest.state
+        self.progress.baseline_val_loss = before.get("baseline_val_loss")
+        self.progress.metrics = dict(before.get("metrics", {}))
+        self._note_checkpoints()
 
     def epoch(self) -> int:
         """Epoch (from 1) that the step just done belongs to."""
         position = max(0, self.run.state.step * self.run.plan.global_batch - 1)
         return min(self.run.plan.epoch(position), self.run.phase.epochs)
 
+    def fault(self, kind: str, message: str) -> None:
+        """Record what went wrong, once."""
+        if message in self.said:
+            return
+        self.said.add(message)
+        self.events.emit(FaultEvent(self.run.phase.name, self.run.state.step, kind, message))
+        self.state.record("fault", f"{self.run.phase.name}, step {self.run.state.step}: {message}")
+        self._write()
+
     def note_step(self) -> None:
+        self._write()
+
+    def after_step(self, save: bool) -> None:
+        """Take note of what was committed meanwhile; save when it is time, or when asked."""
+        self._collect()
+        if save or time.monotonic() > self.due_at:
+            self.save("safety")
+
+    def _next_safety_save(self) -> float:
+        minutes = self.run.config.checkpoint.every_minutes
+        return math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def skip(self, skipped: SkippedSteps, trouble: Trouble | None) -> None:
+        """Record a step without a finite loss, so that no later attempt computes it; after too many, their range."""
+        self.fault("skip", skipped.describe())
+        skipped.write_report()
+        attempt = self.run.checkpoints.attempt
+        known = {*attempt.record.skipped, self.run.state.step}
+        if trouble is None:
+            attempt.update(skipped=tuple(sorted(known)))
+            return
+        known |= set(range(trouble.first, trouble.last + 1))
+        self._wait(_PATIENCE_SECONDS)
+        attempt.update(skipped=tuple(sorted(known)), valid_until=trouble.first - 1)
+        self.fault(
+            "rollback",
+            f"too many steps without a finite loss or gradient: back to the last checkpoint before step "
+            f"{trouble.first}; the steps {trouble.first} to {trouble.last} are left out from now on, "
+            f"{trouble.report} lists their samples",
+        )
+
+    def stop(self, reason: str) -> None:
+        """Commit this step and leave the phase for later."""
+        self._secure("stop", None, math.inf)
+        message = f"stopped after step {self.run.state.step} of {self.run.total_steps} ({reason})"
+        self.events.emit(PhaseEvent(self.run.phase.name, "stopped", self.run.state.step, message))
+        self.state.record("stopped", f"{self.run.phase.name}: {message}")
+        self.progress.status = "stopped"
         self._write()
 
     def validation(self, validation: Validation, epoch_end: bool = False) -> bool:
@@ -82,45 +162,18 @@ class PhaseRecords:
         self.progress.metrics["val_loss"] = validation.loss
         self._write()
         if time.monotonic() - self.charted_at > _SECONDS_BETWEEN_CHARTS:
-            draw_progress(run, self.progress.baseline_val_loss)
+            self.draw("progress", lambda: draw_progress(run, self.progress.baseline_val_loss))
             self.charted_at = time.monotonic()
-        best = self.progress.best
-        return epoch_end and (best is None or validation.loss < best.val_loss)
+        best = best_of(self.states)
+        better = math.isfinite(validation.loss) and (best is None or validation.loss < best.val_loss)
+        return epoch_end and better
 
-    def safety_save_is_due(self) -> bool:
-        minutes = self.run.config.checkpoint.every_minutes
-        return minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-
-    def save(self, kind: str, epoch: int | None = None) -> None:
-        """Commit a checkpoint, then drop those that are no longer kept."""
-        run, progress = self.run, self.progress
-        started = time.perf_counter()
-        suffix = f"step_{run.state.step:08d}" if epoch is None else f"epoch_{epoch:03d}"
-        val_loss = progress.metrics.get("val_loss")
-        state = {
-            "phase": run.phase.name,
-            "step": run.state.step,
-            "position": run.state.step * run.plan.global_batch,
-            "epoch": self.epoch(),
-            "attempt": run.job.attempt,
-            "world_size": run.world_size,
-            "kind": kind,
-            "init": run.job.init,
-            "val_loss": val_loss,
-            "baseline_val_loss": progress.baseline_val_loss,
-            "weights": (header := self.header()).model_dump(mode="json"),
-            "config": run.job.config,
-        }
-        name = run.checkpoints.save(f"{run.phase.name}_{suffix}", run.state.groups(), state, header.metadata())
-        if epoch is not None and (progress.best is None or val_loss < progress.best.val_loss):
-            progress.best = phase_state.BestCheckpoint(checkpoint=name, val_loss=val_loss, epoch=epoch)
-        progress.last = name
-        self._prune()
-        seconds = time.perf_counter() - started
-        self.saved_at = time.monotonic()
-        self.events.emit(CheckpointEvent(run.phase.name, run.state.step, self.epoch(), name, kind, seconds))
-        self.state.record("checkpoint", f"{name} ({kind})")
-        self._write()
+    def draw(self, what: str, action: Callable[[], object]) -> None:
+        """Draw a picture; a full disk is no reason to stop."""
+        try:
+            action()
+        except OSError as error:
+            self.fault("picture", f"{what} cannot be drawn: {error}")
 
     def header(self) -> WeightsHeader:
         """What the weights of this step are."""
@@ -137,41 +190,149 @@ class PhaseRecords:
             ema=run.state.ema.group if run.state.ema else None,
         )
 
-    def snapshot(self) -> None:
-        """Store the power-function averages of this step."""
-        save_snapshot(self.run, self.header())
+    def save(self, kind: str, epoch: int | None = None) -> None:
+        """Have a checkpoint written and, once it is committed, those deleted that are no longer kept."""
+        run = self.run
+        started = time.perf_counter()
+        name = checkpoint_name(run.phase.name, run.state.step, epoch)
+        header = self.header()
+        self.states[name] = state = self._state(kind, header)
+        obsolete = obsolete_names(run.phase, self.states, name) + self.strays
+        self._submit(Save(run.checkpoints, name, run.state.groups(), state, header.metadata(), obsolete))
+        self.stood_still[name] = time.perf_counter() - started
+        self.due_at = self._next_safety_save()
+        self._collect()
+
+    def save_snapshot(self) -> None:
+        """Store the power-function averages of this step, if there are any."""
+        save = snapshot(self.run, self.header())
+        if save is not None:
+            self._submit(save)
 
     def finish(self) -> None:
+        """The phase is done, and its last step committed."""
         run = self.run
+        self._secure("last", run.phase.epochs, _PATIENCE_SECONDS)
         message = f"finished after {run.total_steps} steps, {run.phase.epochs} epochs"
         self.events.emit(PhaseEvent(run.phase.name, "finished", run.state.step, message))
-        draw_progress(run, self.progress.baseline_val_loss)
+        self.draw("progress", lambda: draw_progress(run, self.progress.baseline_val_loss))
         self.progress.status = "finished"
         self.state.record("finished", f"{run.phase.name}: {message}")
         self._write()
 
-    def _prune(self) -> None:
-        """Keep the epochs of epochs_to_save, the best and the last; only after the newer one is committed."""
+    def _state(self, kind: str, header: WeightsHeader) -> dict:
         run, progress = self.run, self.progress
-        kept = {f"{run.phase.name}_epoch_{epoch:03d}.ckpt" for epoch in run.phase.save_epochs}
-        kept |= {progress.last, progress.best.checkpoint if progress.best else None}
-        for name in run.checkpoints.names(run.phase.name):
-            if name not in kept:
-                run.checkpoints.delete(name)
-        progress.checkpoints = run.checkpoints.names(run.phase.name)
+        return {
+            "phase": run.phase.name,
+            "step": run.state.step,
+            "total_steps": run.total_steps,
+            "position": run.state.step * run.plan.global_batch,
+            "epoch": self.epoch(),
+            "world_size": run.world_size,
+            "kind": kind,
+            "init": run.job.init,
+            "skipped": list(run.state.skipped),
+            "val_loss": progress.metrics.get("val_loss"),
+            "baseline_val_loss": progress.baseline_val_loss,
+            "metrics": dict(progress.metrics),
+            "weights": header.model_dump(mode="json"),
+            "config": run.job.config,
+        }
+
+    def _submit(self, save: Save) -> None:
+        """Write in the background; or here, where that is asked for or there is no memory for a copy."""
+        background = self.run.config.checkpoint.background
+        if fits_in_memory(save) if background == "auto" else background:
+            self.saver.submit(save)
+        else:
+            self._wait(_PATIENCE_SECONDS)  # what was to be saved before comes first
+            self.saver.write(save)
+
+    def _secure(self, kind: str, epoch: int | None, seconds: float) -> None:
+        """Have this step committed when this returns; UserError when the storage refuses for so long."""
+        until = time.monotonic() + seconds
+        while True:
+            if self.run.state.step not in self._steps():
+                self.save(kind, epoch)
+            self._wait(until - time.monotonic())
+            if self.run.state.step in self._steps():  # else it was written without a copy, and refused
+                return
+            time.sleep(_PAUSE_SECONDS)
+
+    def _steps(self) -> set[int]:
+        return {state["step"] for state in self.states.values()}
+
+    def _wait(self, seconds: float) -> None:
+        """Until all is committed; UserError when the storage refuses for so long."""
+        run, until = self.run, time.monotonic() + seconds
+        while not self.saver.drain(1.0):
+            self._collect()
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{run.checkpoints.root} does not take the checkpoint of step {run.state.step} "
+                    f"({self.state.history[-1].message}); what was committed before stands: mend the storage and go on "
+                    "with --resume"
+                )
+        self._collect()
+
+    def _collect(self) -> None:
+        for outcome in self.saver.outcomes():
+            self._conclude(outcome)
+
+    def _conclude(self, outcome: Outcome) -> None:
+        """Take note of what became of a save."""
+        save = outcome.save
+        if outcome.error is not None:
+            if outcome.dropped:
+                self.states.pop(save.name, None)
+                if not any(step > save.state["step"] for step in self._steps()):  # nothing comes after it by itself
+                    self.due_at = min(self.due_at, time.monotonic() + _RETRY_SECONDS)
+                self.fault("save", f"{save.name} was never saved: {outcome.error}")
+            else:
+                self.fault("save", f"{save.name} is not saved yet, training goes on meanwhile: {outcome.error}")
+            return
+        for words in outcome.left:
+            self.fault("save", words)
+        if save.store is not self.run.checkpoints:
+            return
+        self.strays = ()
+        self.states = {name: state for name, state in self.states.items() if name not in save.obsolete}
+        self.committed = [name for name in (*self.committed, save.name) if name not in save.obsolete]
+        state = save.state
+        seconds = self.stood_still.pop(save.name)
+        self.events.emit(
+            CheckpointEvent(
+                phase=state["phase"],
+                step=state["step"],
+                epoch=state["epoch"],
+                name=save.name,
+                kind=state["kind"],
+                seconds=seconds,
+                write_seconds=outcome.seconds,
+            )
+        )
+        self.state.record("checkpoint", f"{save.name} ({state['kind']})")
+        self._note_checkpoints()
+        self._write()
+
+    def _note_checkpoints(self) -> None:
+        progress = self.progress
+        states = {name: self.states[name] for name in self.committed}
+        progress.checkpoints = sorted(states, key=lambda name: states[name]["step"])
+        progress.last = progress.checkpoints[-1] if states else None
+        progress.best = best_of(states)
 
     def _write(self) -> None:
         progress, run = self.progress, self.run
+        if run.checkpoints.attempt is not None and time.monotonic() - self.checked_at > _SECONDS_BETWEEN_CHECKS:
+            run.checkpoints.attempt.check()
+            self.checked_at = time.monotonic()
         progress.step, progress.position = run.state.step, run.state.step * run.plan.global_batch
         progress.epoch = self.epoch() if run.state.step else 0
-        self.state.save(self.state_file)
-
-
-def best_of(store: CheckpointStore, names: list[str]) -> phase_state.BestCheckpoint | None:
-    """The best of committed epochs by their own records: a kill may come between a save and phase_state.json."""
-    states = {name: store.load(name).state for name in names}
-    scored = {name: state for name, state in states.items() if state["kind"] != "safety" and state["val_loss"]}
-    if not scored:
-        return None
-    name = min(scored, key=lambda name: (scored[name]["val_loss"], scored[name]["step"]))
-    return phase_state.BestCheckpoint(checkpoint=name, val_loss=scored[name]["val_loss"], epoch=scored[name]["epoch"])
+        try:
+            self.state.save(self.state_file)
+        except OSError as error:  # the checkpoints are the truth; it is written again at the next step
+            message = f"{self.state_file} cannot be written: {error}"
+            if message not in self.said:
+                self.said.add(message)
+                self.events.emit(FaultEvent(run.phase.name, run.state.step, "state", message))

@@ -39,7 +39,6 @@ class PhaseJob:
 
     config: dict
     phase: int
-    attempt: int
     run_dir: str
     latents: str
     init: str | None
@@ -50,13 +49,28 @@ def job_values(job: PhaseJob) -> dict:
     return asdict(job)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where this attempt begins, the same on all ranks.
+
+    checkpoint: name of the one to go on from, or None. avoid: steps (from 1) that earlier attempts found without a
+    finite loss. passed_over: in words, newer checkpoints that cannot be used.
+    """
+
+    attempt: int = 0
+    checkpoint: str | None = None
+    avoid: frozenset[int] = frozenset()
+    passed_over: tuple[str, ...] = ()
+
+
 @dataclass
 class PhaseData:
     """What one worker of a phase knows before it has a network.
 
     train_store, val_store: stored latents, in data.mode tiles a sample of the training ones. source, mixture: what the
     training samples are read from, and which of its rows make which batch. val_rows, val_simulated: the tiles that
-    every validation takes, and whether with simulated hints. newest: the checkpoint to go on from.
+    every validation takes, and whether with simulated hints. start, newest: where this attempt begins, and the
+    checkpoint it goes on from.
     """
 
     job: PhaseJob
@@ -72,6 +86,7 @@ class PhaseData:
     val_rows: np.ndarray
     val_simulated: np.ndarray
     checkpoints: CheckpointStore
+    start: Start
     newest: Checkpoint | None
 
     @property
@@ -112,11 +127,6 @@ class PhaseRun(PhaseData):
         return nullcontext() if self.state.ema is None else self.state.ema.applied()
 
 
-def checkpoint_folder(run_dir: str) -> str:
-    """Where the checkpoints of a run lie."""
-    return f"{run_dir}/checkpoints"
-
-
 def open_data(job: PhaseJob) -> PhaseData:
     """Open the stores and find where to go on; UserError when they do not hold what the phase needs."""
     config = parse_config(job.config, source="the run's config")
@@ -132,7 +142,8 @@ def open_data(job: PhaseJob) -> PhaseData:
         source, datasets = TileSource(encode_job(config), table, stream_gpus(config) > 0), table.datasets
     val_rows, val_simulated = validation_rows(phase, val_store.datasets, str(val_store.folder))
     shown = spread(np.arange(len(val_rows)), config.monitoring.val_tiles)
-    checkpoints = CheckpointStore(checkpoint_folder(job.run_dir))
+    checkpoints = CheckpointStore(config.checkpoint_store)
+    start = _begin(checkpoints, phase.name, context.get_world_rank(), context.get_world_size())
     return PhaseData(
         job=job,
         config=config,
@@ -147,8 +158,28 @@ def open_data(job: PhaseJob) -> PhaseData:
         val_rows=val_rows[shown],
         val_simulated=val_simulated[shown],
         checkpoints=checkpoints,
-        newest=checkpoints.latest(phase.name),
+        start=start,
+        newest=None if start.checkpoint is None else checkpoints.load(start.checkpoint),
     )
+
+
+def _begin(store: CheckpointStore, phase: str, rank: int, world_size: int) -> Start:
+    """Rank 0 takes an attempt and chooses the checkpoint, so that all ranks go on from the same one."""
+    told: list[Start | None] = [None]
+    if rank == 0:
+        attempt = store.begin(phase, world_size)
+        found = store.search(phase)  # after the attempt was taken: what is committed from now on by others is not seen
+        attempt.update(start_step=0 if found.checkpoint is None else found.checkpoint.state["step"])
+        earlier = [record for record in store.attempts() if record.phase == phase]
+        told[0] = Start(
+            attempt=attempt.number,
+            checkpoint=None if found.checkpoint is None else found.checkpoint.name,
+            avoid=frozenset().union(*(record.skipped for record in earlier)),
+            passed_over=found.passed_over,
+        )
+    if world_size > 1:
+        torch.distributed.broadcast_object_list(told)
+    return told[0]
 
 
 def open_phase(data: PhaseData) -> PhaseRun:

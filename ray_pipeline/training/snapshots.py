@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.models.weights import WeightsHeader
 from ray_pipeline.training.ema import PowerTrack
+from ray_pipeline.training.saving import Save
 from ray_pipeline.training.setup import PhaseRun
 
 FOLDER = "ema_snapshots"
@@ -23,25 +22,28 @@ def snapshot_is_due(step: int, total_steps: int, count: int) -> bool:
     return step * count // total_steps > (step - 1) * count // total_steps
 
 
-def save_snapshot(run: PhaseRun, header: WeightsHeader) -> None:
-    """Store the power-function averages of this step, if there are any; a resume makes those after its checkpoint
-    again."""
+def snapshot(run: PhaseRun, header: WeightsHeader) -> Save | None:
+    """The power-function averages of this step, to be stored; None if there are none.
+
+    A resume makes those after its checkpoint again.
+    """
     tracks = [average for average in run.state.averages if isinstance(average, PowerTrack)]
     updated = run.state.step - run.state.step % run.config.ema.update_every  # the last step that is in them
     if not tracks or not updated:
-        return
-    store = CheckpointStore(Path(run.job.run_dir, FOLDER, run.phase.name))
+        return None
     header = header.model_copy(update={"step": updated})
-    name = f"{run.phase.name}_step_{run.state.step:08d}"
-    store.delete(name)
-    groups = {
-        track.group: {key: value.to("cpu", torch.float16) for key, value in track.tensors().items()} for track in tracks
-    }
-    state = {
-        "phase": run.phase.name,
-        "step": updated,
-        "position": updated * run.plan.global_batch,
-        "stds": {track.group: track.std for track in tracks},
-        "weights": header.model_dump(mode="json"),
-    }
-    store.save(name, groups, state, header.metadata())
+    return Save(
+        store=CheckpointStore(Path(run.job.run_dir, FOLDER, run.phase.name), run.checkpoints.attempt),
+        name=f"{run.phase.name}_step_{run.state.step:08d}",
+        groups={track.group: {key: value.half() for key, value in track.tensors().items()} for track in tracks},
+        state={
+            "phase": run.phase.name,
+            "step": updated,
+            "position": updated * run.plan.global_batch,
+            "stds": {track.group: track.std for track in tracks},
+            "weights": header.model_dump(mode="json"),
+        },
+        metadata=header.metadata(),
+        replaceable=False,
+        overwrite=True,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,15 @@ SHAPE_KEYS = (
 
 @dataclass
 class TrainState:
-    """All that training changes. `step` optimizer steps are done in this phase; the first of the averages is the one
-    that validation, samples and the next phase use."""
+    """All that training changes. `step` optimizer steps are done in this phase, of which those in `skipped` (from 1)
+    changed no weight; the first of the averages is the one that validation, samples and the next phase use."""
 
     network: DiT
     optimizer: torch.optim.AdamW
     averages: list[EMA | PowerTrack]
     uncertainty: LossUncertainty | None = None
     step: int = 0
+    skipped: list[int] = field(default_factory=list)
 
     @property
     def ema(self) -> EMA | PowerTrack | None:
@@ -69,7 +70,7 @@ class TrainState:
             self.uncertainty.load_state_dict(checkpoint[UNCERTAINTY_GROUP])
         for average in self.averages:
             average.load(checkpoint[average.group])
-        self.step = checkpoint.state["step"]
+        self.step, self.skipped = checkpoint.state["step"], list(checkpoint.state["skipped"])
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {}

@@ -18,6 +18,7 @@ from ray_pipeline.data.latents import LatentStats
 from ray_pipeline.diffusion.noise import draw, kept_hints
 from ray_pipeline.sections import OptimizerConfig
 from ray_pipeline.training.setup import PhaseData, PhaseRun
+from ray_pipeline.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,18 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss over the global batch, and the norm of the joint gradient."""
+    """Mean loss over the global batch, and the norm of the joint gradient; nan for a step that was avoided.
+
+    skipped: nothing was learned, since one of them is not finite. suspects: positions of the samples whose own loss is
+    not finite. save, stop: whether any rank asked for it.
+    """
 
     loss: float
     grad_norm: float
+    skipped: bool = False
+    suspects: tuple[int, ...] = ()
+    save: bool = False
+    stop: bool = False
 
 
 def micro_batches(data: PhaseData, batch: dict[str, np.ndarray]) -> list[MicroBatch]:
@@ -59,16 +68,18 @@ def stack_hints(values: dict[str, np.ndarray], names: tuple[str, ...], stats: La
     return torch.from_numpy(stats.normalise(stacked, sigma_data))
 
 
-def optimize(run: PhaseRun, step: int, batches: list[MicroBatch]) -> StepResult:
+def optimize(
+    run: PhaseRun, step: int, batches: list[MicroBatch], *, save: bool = False, stop: bool = False
+) -> StepResult:
     """One optimizer step on all ranks together; the gradient is that of the mean objective over the global batch.
 
-    Raises FloatingPointError on every rank, before the weights change, when the loss or the joint gradient is not
-    finite.
+    Where the loss or the joint gradient is not finite, all ranks leave the update out. save, stop: this rank asks the
+    others to save or stop after this step.
     """
     state, plan = run.state, run.plan
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(run.config.optimizer, step, run.total_steps, run.phase.lr)
-    total = torch.zeros((), device=run.device)
+    own: list[Tensor] = []
     for number, batch in enumerate(batches):
         _seed_dropout(run, step, number)
         moved = batch.to(run.device)
@@ -77,23 +88,46 @@ def optimize(run: PhaseRun, step: int, batches: list[MicroBatch]) -> StepResult:
                 losses, objectives = run.model(**vars(moved))
             # DDP averages over ranks; slices may differ by one sample, so each rank gives its sum
             (objectives.sum() * (run.world_size / plan.global_batch)).backward()
-        total += losses.detach().sum()
+        own.append(losses.detach())
     limit = run.config.optimizer.grad_clip or math.inf
     gradient = torch.nn.utils.clip_grad_norm_(state.optimizer.param_groups[0]["params"], limit)
+    told = torch.stack([sum(losses.sum() for losses in own), *torch.tensor([save, stop], device=run.device).float()])
     if run.world_size > 1:
-        torch.distributed.all_reduce(total)  # a loss may be infinite on one rank and its gradient 0
-    loss, norm = torch.stack([total / plan.global_batch, gradient]).tolist()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"phase {run.phase.name}, step {step + 1}: the loss is {loss} and the gradient {norm}; lower optimizer.lr "
-            "or use train.precision=fp32 and resume from the last checkpoint"
-        )
-    state.optimizer.step()
+        torch.distributed.all_reduce(told)  # a loss may be infinite on one rank and its gradient 0
+    total, saves, stops, norm = torch.stack([*told, gradient]).tolist()
+    loss = total / plan.global_batch
+    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    if skipped:
+        state.skipped.append(step + 1)
+    else:
+        state.optimizer.step()
+    _end_step(state, step)
+    suspects = _suspects(run, step, own) if skipped else ()
+    return StepResult(loss, norm, skipped, suspects, save=saves > 0, stop=stops > 0)
+
+
+def avoid(run: PhaseRun, step: int) -> StepResult:
+    """A step that is known to have no finite loss: the position advances, nothing is computed."""
+    run.state.skipped.append(step + 1)
+    _end_step(run.state, step)
+    return StepResult(math.nan, math.nan, skipped=True)
+
+
+def _end_step(state: TrainState, step: int) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     state.step = step + 1
     for average in state.averages:
         average.update(state.step)
-    return StepResult(loss=loss, grad_norm=norm)
+
+
+def _suspects(run: PhaseRun, step: int, losses: list[Tensor]) -> tuple[int, ...]:
+    """Positions of the samples of all ranks whose loss is not finite."""
+    broken = ~torch.isfinite(torch.cat(losses)).cpu().numpy()
+    own = run.plan.positions(step, run.rank, run.world_size)[broken].tolist()
+    parts = [own] * run.world_size
+    if run.world_size > 1:
+        torch.distributed.all_gather_object(parts, own)
+    return tuple(position for part in parts for position in part)
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int, phase_lr: float | None = None) -> float:
@@ -159,12 +193,21 @@ def _seed_dropout(run: PhaseRun, step: int, number: int) -> None:
         torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1)
 
 
-def prepared(data: PhaseData, steps: Iterator[tuple[int, dict[str, np.ndarray]]]) -> Iterator[tuple[int, list]]:
-    """(step, micro-batches) for each step of the stream; pinned for a GPU."""
+@dataclass(frozen=True)
+class StepInput:
+    """What one rank needs for one step: its samples' positions in the endless sequence, and the samples."""
+
+    step: int
+    positions: np.ndarray
+    batches: list[MicroBatch]
+
+
+def prepared(data: PhaseData, steps: Iterator[tuple[int, dict[str, np.ndarray]]]) -> Iterator[StepInput]:
+    """Each step of the stream, ready to compute; pinned for a GPU."""
     for step, batch in steps:
         batches = micro_batches(data, batch)
         if data.device.type == "cuda":
             batches = [
                 MicroBatch(**{k: None if v is None else v.pin_memory() for k, v in vars(b).items()}) for b in batches
             ]
-        yield step, batches
+        yield StepInput(step, batch["index"], batches)

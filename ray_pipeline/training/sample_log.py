@@ -1,0 +1,29 @@
+"""Which samples a rank took at each step: the proof that a disturbed run saw what was planned."""
+
+from __future__ import annotations
+
+import json
+
+from ray_pipeline.training.setup import PhaseRun, run_folder
+from ray_pipeline.training.step import StepInput
+
+
+class SampleLog:
+    """Context manager; <run>/logs/samples/<phase>/attempt_000002_rank_1.jsonl, one JSON object a step: step (from 1)
+    and index, the positions in the phase's endless sequence."""
+
+    def __init__(self, run: PhaseRun):
+        folder = run_folder(run.job, "logs", "samples", run.phase.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / f"attempt_{run.start.attempt:06d}_rank_{run.rank}.jsonl", "wb", buffering=0)
+
+    def __enter__(self) -> SampleLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+    def add(self, taken: StepInput) -> None:
+        """Record a step that is done."""
+        line = {"step": taken.step + 1, "index": taken.positions.tolist()}
+        self.file.write(json.dumps(line).encode() + b"\n")
