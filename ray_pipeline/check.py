@@ -16,7 +16,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.ray_session import ray_session
 from ray_pipeline.training.build import make_edm, make_network, make_optimizer
-from ray_pipeline.training.launch import check_resources
+from ray_pipeline.training.placement import check_resources
 from ray_pipeline.training.setup import stream_cpus
 
 _PACKAGES = (

@@ -91,10 +91,15 @@ class Config(Section):
                 f"hint_control.lora_rank {self.hint_control.lora_rank} exceeds the network's hidden size of "
                 f"{self.model.shape['hidden_size']}, so it would be no low rank; choose a smaller one"
             )
-        if self.ray.num_workers > self.train.global_batch:
+        if self.ray.max_workers > self.train.global_batch:
             raise ValueError(
-                f"ray.num_workers {self.ray.num_workers} exceeds train.global_batch "
+                f"ray.num_workers {self.ray.max_workers} exceeds train.global_batch "
                 f"{self.train.global_batch}: a worker would have no sample"
+            )
+        if self.ray.elastic and self.data.mode == "tiles":
+            raise ValueError(
+                f"ray.num_workers {list(self.ray.num_workers)} may change, but in data.mode tiles each worker shares "
+                "the cluster with autoencoders; use data.mode: latents, or one number of workers"
             )
         return self
 

@@ -35,6 +35,7 @@ def find_user_error(error: BaseException) -> UserError | None:
         if isinstance(found, UserError):
             return UserError(str(found))
         pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]
+        pending.append(getattr(found, "controller_failure", None))
         pending += list(getattr(found, "worker_failures", {}).values())
     for found in seen.values():
         for line in str(found).splitlines():

@@ -187,14 +187,16 @@ def report(config: Config, job: EncodeJob, tiles: dict[str, int], samples: list[
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = precision(config, device.type)
     rate = matmul_rate(device, kind)
-    workers = config.ray.num_workers if device.type == "cuda" else 1
-    accumulation = math.ceil(config.train.global_batch / config.ray.num_workers / config.train.batch_size)
+    most, fewest = config.ray.max_workers, config.ray.min_workers
+    workers = most if device.type == "cuda" else 1
+    accumulation = math.ceil(config.train.global_batch / most / config.train.batch_size)
     lines = [
         f"tiles        train {tiles['train']}, val {tiles['val']}, test {tiles['test']}",
         f"latents      {job.store}: {format_bytes(latents_bytes(job, sum(tiles.values())))}"
         + (" (stored already)" if stored else ""),
-        f"workers      {config.ray.num_workers}, global batch {config.train.global_batch} = "
-        f"{accumulation} micro-step(s) of {config.train.batch_size} on each",
+        f"workers      {f'{fewest} to {most}' if config.ray.elastic else most}, global batch "
+        f"{config.train.global_batch} = {accumulation} micro-step(s) of {config.train.batch_size} on each"
+        + (f" of {most}" if config.ray.elastic else ""),
     ]
     total = 0.0
     for phase, estimate in zip(config.phases, phases, strict=True):

@@ -128,7 +128,7 @@ def encode(config: Config, prepared: Prepared) -> None:
     need = estimate.latents_bytes(prepared.job, tiles) - _bytes_in(Path(prepared.job.store))
     estimate.check_disk(prepared.job.store, need, "data.latents")
     gpu = uses_gpu(config)
-    actors = config.vae.actors or (config.ray.num_workers if gpu else max(1, os.cpu_count() or 1))
+    actors = config.vae.actors or (config.ray.max_workers if gpu else max(1, os.cpu_count() or 1))
     progress = Progress(tiles, "encode", unit="tile")
     done = 0
 

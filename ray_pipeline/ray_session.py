@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -20,7 +22,8 @@ def ray_session(settings: RayConfig, *, more_cpus: float = 0.0, verbose: bool = 
     """Ray for the length of the block: the one that runs already, a cluster, or a local one that ends with it.
 
     A local one has so many more logical CPUs than its training workers and the machine's cores: workers that fill the
-    machine would leave none for the data stream.
+    machine would leave none for the data stream. Within, SIGTERM ends the process as an exception would: Ray is shut
+    down, and the exit code is 143.
     """
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
@@ -44,7 +47,8 @@ def ray_session(settings: RayConfig, *, more_cpus: float = 0.0, verbose: bool = 
             "check the address, or use ray.address=local"
         ) from error
     try:
-        yield
+        with _exit_on_sigterm():
+            yield
     finally:
         ray.shutdown()
 
@@ -53,7 +57,7 @@ def _start_ray(settings: RayConfig, more_cpus: float, address: str, options: dic
     if address != "local":
         ray.init(address=address, **options)
         return
-    workers = math.ceil(settings.num_workers * settings.cpus_per_worker)
+    workers = math.ceil(settings.max_workers * settings.cpus_per_worker)
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, workers) + math.ceil(more_cpus),
@@ -61,6 +65,19 @@ def _start_ray(settings: RayConfig, more_cpus: float, address: str, options: dic
         dashboard_host="127.0.0.1",
         **options,
     )
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Ray sets a handler of its own, which exits with 15."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -261,16 +261,46 @@ class SweepConfig(Section):
 
 
 class RayConfig(Section):
-    """Where the work runs. `address: local` starts a Ray of its own and shuts it down at the end."""
+    """Where the work runs. `address: local` starts a Ray of its own and shuts it down at the end.
+
+    num_workers: a number, or [min, max]: training goes on with as many as the cluster has room for, and looks for room
+    for more every resize_minutes. timeout_minutes: how long anything may wait: workers for their place, a worker for a
+    batch or for the other workers. stop_timeout_seconds: how long a run that is asked to stop may take to commit.
+    """
 
     address: str = "auto"  # auto: the cluster this process runs in (RAY_ADDRESS, a Ray job), else local
-    num_workers: Positive = 1
+    num_workers: int | tuple[int, int] = 1
     use_gpu: Literal["auto", True, False] = "auto"
     cpus_per_worker: PositiveFloat = 1.0
     resources_per_worker: dict[str, PositiveFloat] = {}
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: Annotated[int, Field(ge=0)] = 3
+    stop_timeout_seconds: PositiveFloat = 60.0
+    timeout_minutes: PositiveFloat = 30.0
+    resize_minutes: PositiveFloat = 1.0
     dashboard: bool = False
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> Any:
+        bounds = value if isinstance(value, (list, tuple)) else [value, value]
+        whole = all(isinstance(bound, int) and not isinstance(bound, bool) and bound > 0 for bound in bounds)
+        if len(bounds) != 2 or not whole or bounds[0] > bounds[1]:
+            raise ValueError(f"expected a number of workers, or [min, max] with 1 <= min <= max, found {value!r}")
+        return value
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change during a run."""
+        return isinstance(self.num_workers, tuple)
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
 def flatten(annotation: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
@@ -40,7 +41,10 @@ ENCODER_CPUS = 1.0
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What one rank streams: the mixture's rows of `source`, with these hints, from `workers` actors."""
+    """What one rank streams: the mixture's rows of `source`, with these hints, from `workers` actors.
+
+    timeout: seconds that a chunk may let this process wait, or None for ever.
+    """
 
     mixture: Mixture
     source: LatentStore | TileSource
@@ -50,6 +54,7 @@ class StreamSettings:
     name: str
     workers: int = 1
     gpus_per_worker: float = 0.0
+    timeout: float | None = None
 
     @property
     def encodes(self) -> bool:
@@ -115,7 +120,7 @@ def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterato
     """Yield (step, {"index", "latent", "hint.<name>"}) for steps first_step to last_step - 1, in this order.
 
     Arrays may be views of shared memory: copy before writing. Raises RuntimeError if the rows that arrive are not the
-    planned ones.
+    planned ones, or none arrive within `settings.timeout`.
     """
     if first_step >= last_step:
         return
@@ -124,12 +129,27 @@ def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterato
     own = 0 if settings.encodes else 1
     items = _arriving(_dataset(settings, chunks, own)) if own < len(chunks) else iter(())
     # closed with the stream: its actors would go on reading
-    with closing(ReadAhead(items, depth=1)) as arriving:
+    with closing(ReadAhead(items, depth=1, timeout=settings.timeout)) as arriving:
         for number in range(len(chunks)):
-            chunk = Gather(settings, chunks).chunk(number) if number < own else next(arriving, None)
+            try:
+                chunk = Gather(settings, chunks).chunk(number) if number < own else next(arriving, None)
+            except queue.Empty:
+                raise RuntimeError(_starved(settings, chunks[number].start)) from None
             if chunk is None:
                 raise RuntimeError(f"the data stream ended before step {chunks[number].start} of {last_step}")
             yield from _cut(chunk, settings, chunks[number])
+
+
+def _starved(settings: StreamSettings, step: int) -> str:
+    need = f"{settings.workers} actor(s) of {ENCODER_CPUS if settings.encodes else GATHER_CPUS:g} CPU"
+    gpus = f" and {settings.gpus_per_worker:g} GPU" if settings.gpus_per_worker else ""
+    have = ray.available_resources()
+    free = f"{have.get('CPU', 0):g} CPU" + (f" and {have.get('GPU', 0):g} GPU" if gpus else "")
+    return (
+        f"the data stream {settings.name} gave no batch for step {step} within {settings.timeout / 60:g} minutes "
+        f"(ray.timeout_minutes); it needs {need}{gpus}, and {free} are free on this Ray: free some, see that the "
+        "storage of the latents answers, or allow more time"
+    )
 
 
 def _chunk_steps(settings: StreamSettings, steps: int) -> int:
@@ -193,10 +213,10 @@ def _cut(
 
 class ReadAhead(Iterator[Any]):
     """Iterates `items` in a thread that starts at once and stays up to `depth` items ahead; its exceptions arrive
-    here."""
+    here, and queue.Empty where an item is not there after `timeout` seconds."""
 
-    def __init__(self, items: Iterable[Any], depth: int = 2):
-        self._items = items
+    def __init__(self, items: Iterable[Any], depth: int = 2, timeout: float | None = None):
+        self._items, self._timeout = items, timeout
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, daemon=True, name="read-ahead")
@@ -205,7 +225,7 @@ class ReadAhead(Iterator[Any]):
     def __next__(self) -> Any:
         if self._stopped.is_set():
             raise StopIteration
-        kind, value = self._ready.get()
+        kind, value = self._ready.get(timeout=self._timeout)
         if kind == "item":
             return value
         self._stopped.set()

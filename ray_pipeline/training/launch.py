@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import sys
 import threading
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import ray
 import ray.train
 import ray.train.torch
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from ray_pipeline.config import Config
-from ray_pipeline.errors import UserError, find_user_error
+from ray_pipeline.errors import RunStopped, UserError, find_user_error
 from ray_pipeline.monitoring.events import metrics_path
 from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.training.phase import train_phase
-from ray_pipeline.training.setup import PhaseJob, job_values, stream_cpus, stream_gpus, stream_workers
+from ray_pipeline.training.placement import check_resources, placement_in_words, uses_gpu, worker_resources
+from ray_pipeline.training.setup import PhaseJob, job_values
+from ray_pipeline.training.stopping import SIGNAL_NAMES, ControllerReports, News, open_board, signals_into
 
 #: environment of a training process on CPU. Freed blocks stay with the process (glibc's mallopt(3)) and are backed by
 #: huge pages: a step allocates the same gigabytes of activations and gradients again, and fresh small pages cost as
@@ -30,66 +41,169 @@ WORKER_ENVIRONMENT = {
 }
 
 
-def uses_gpu(config: Config) -> bool:
-    """Whether workers get a GPU each: as set, or `auto`, when the running Ray has any."""
-    if config.ray.use_gpu == "auto":
-        return ray.cluster_resources().get("GPU", 0) >= 1
-    return bool(config.ray.use_gpu)
-
-
-def check_resources(config: Config) -> None:
-    """UserError when the running Ray can never hold all workers and their data streams at once."""
-    settings, have = config.ray, ray.cluster_resources()
-    need = {"CPU": settings.cpus_per_worker * settings.num_workers}
-    if uses_gpu(config):
-        need["GPU"] = settings.num_workers
-    for name, amount in settings.resources_per_worker.items():
-        need[name] = amount * settings.num_workers
-    # a stream that finds no room waits for ever, and its worker with it
-    need["CPU"] += stream_cpus(config)
-    if stream_gpus(config):
-        need["GPU"] = need.get("GPU", 0) + settings.num_workers * stream_workers(config) * stream_gpus(config)
-    for name, amount in need.items():
-        if have.get(name, 0) < amount:
-            raise UserError(
-                f"ray.num_workers={settings.num_workers} with its data streams needs {amount:g} {name}, but this Ray "
-                f"has {have.get(name, 0):g}; lower ray.num_workers or ray.resources_per_worker, or add nodes"
-            )
+#: a group of changing size that finds no place within this many seconds is tried in another size
+_ELASTIC_START_SECONDS = 30
+#: nodes taken away with notice; more in one phase, and the run is stopped
+_MAX_PREEMPTIONS = 1000
+#: how often Train's controller looks after its workers, in seconds; its default of 2 s delays each restart
+_HEALTH_CHECK_SECONDS = "0.5"
+#: how often the driver reads the news of its run, and how long a stopped controller may take to go, in seconds
+_NEWS_SECONDS, _ABORT_SECONDS = 5.0, 10.0
 
 
 def run_phase(config: Config, job: PhaseJob) -> None:
     """Run one phase to its end on the Ray that is running.
 
-    Raises UserError with a worker's own words for wrong input, RuntimeError with its traceback for anything else.
+    SIGINT and SIGTERM ask the workers to commit and to return, a second one, or ray.stop_timeout_seconds, ends the run
+    at once. Raises RunStopped then; UserError with a worker's own words for wrong input, or when workers find no place
+    for ray.timeout_minutes; RuntimeError with a rank's traceback for anything else.
     """
     check_resources(config)
+    board = open_board()
+    trainer = make_trainer(config, replace(job, stop=board))
     phase = config.phases[job.phase]
+    with _followed(Path(job.run_dir), phase.name, config.train.global_batch), _train_environment(config):
+        Attendance(config, board).attend(trainer)
+
+
+def make_trainer(config: Config, job: PhaseJob) -> ray.train.torch.TorchTrainer:
+    """The TorchTrainer of a phase, which `job.stop` stops."""
     settings = config.ray
-    trainer = ray.train.torch.TorchTrainer(
+    timeout = 60 * settings.timeout_minutes
+    return ray.train.torch.TorchTrainer(
         train_phase,
         train_loop_config=job_values(job),
+        torch_config=ray.train.torch.TorchConfig(timeout_s=math.ceil(timeout)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=uses_gpu(config),
-            resources_per_worker={"CPU": settings.cpus_per_worker}
-            | ({"GPU": 1} if uses_gpu(config) else {})
-            | settings.resources_per_worker,
+            resources_per_worker=worker_resources(config),
             placement_strategy=settings.placement_strategy,
+            elastic_resize_monitor_interval_s=60 * settings.resize_minutes,
         ),
         run_config=ray.train.RunConfig(
-            name=f"{phase.name}_attempt{job.attempt}",
+            # a name of its own: Train would go on from the records of an older run of this name, ours are the truth
+            name=f"{config.phases[job.phase].name}_{uuid.uuid4().hex[:12]}",
             storage_path=str(Path(job.run_dir, "logs", "ray")),
             worker_runtime_env={} if uses_gpu(config) else {"env_vars": WORKER_ENVIRONMENT},
             failure_config=ray.train.FailureConfig(
-                max_failures=settings.max_failures, controller_failure_limit=settings.max_failures
+                max_failures=settings.max_failures,
+                # one for each time that a group of changing size found no place; `attend` bounds the time of them all
+                controller_failure_limit=settings.max_failures + math.ceil(timeout / _ELASTIC_START_SECONDS),
+                max_preemption_failures=_MAX_PREEMPTIONS,
             ),
+            callbacks=[ControllerReports(job.stop)],
         ),
     )
-    with _followed(Path(job.run_dir), phase.name, config.train.global_batch):
+
+
+@contextmanager
+def _train_environment(config: Config) -> Iterator[None]:
+    """What Train's controller and workers take from the environment of the driver; whoever set one keeps it."""
+    timeout = 60 * config.ray.timeout_minutes
+    wanted = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": _HEALTH_CHECK_SECONDS,
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(timeout),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(timeout),
+        # workers of a fixed number wait as long as `attend` lets them
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_ELASTIC_START_SECONDS if config.ray.elastic else 2 * timeout),
+    }
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+class Attendance:
+    """The driver while its run trains: `fit` in a thread, signals and the news of the run in this one."""
+
+    def __init__(self, config: Config, board: ActorHandle):
+        self.config, self.board = config, board
+        self.events: SimpleQueue[int | BaseException | None] = SimpleQueue()  # signals; how `fit` ended
+        self.news = News()
+        self.stopped_by: int | None = None
+
+    def attend(self, trainer: ray.train.torch.TorchTrainer) -> None:
+        """Returns when the phase is finished; raises as `run_phase` does."""
+        fit = threading.Thread(target=self._fit, args=(trainer,), daemon=True, name="train-fit")
+        with signals_into(self.events):
+            fit.start()
+            try:
+                orderly, error = self._until_the_end()
+            finally:
+                self._read_news()
+                if fit.is_alive():
+                    self._abort()
+                    fit.join(_ABORT_SECONDS)
+        if self.stopped_by is not None:
+            raise RunStopped(self._stopped_in_words(orderly, error), 128 + self.stopped_by)
+        if error is not None:
+            words = self.news.failure or str(error)
+            raise find_user_error(error) or RuntimeError(f"training stopped: {words}") from error
+
+    def _fit(self, trainer: ray.train.torch.TorchTrainer) -> None:
         try:
             trainer.fit()
-        except Exception as error:  # Ray wraps what a worker raised in classes of its own
-            raise find_user_error(error) or RuntimeError(f"training stopped: {error}") from error
+        except BaseException as error:  # whatever it is, `attend` raises it, in the thread that waits
+            self.events.put(error)
+        else:
+            self.events.put(None)
+
+    def _until_the_end(self) -> tuple[bool, BaseException | None]:
+        """Whether the run has ended by itself, and what it raised."""
+        deadline = math.inf
+        while True:
+            try:
+                event = self.events.get(timeout=min(_NEWS_SECONDS, max(0, deadline - time.monotonic())))
+            except Empty:
+                if time.monotonic() >= deadline:
+                    return False, None
+                self._read_news()
+                self._check_placed()
+                continue
+            if not isinstance(event, int):
+                return True, event
+            if self.stopped_by is not None:
+                return False, None
+            self.stopped_by = event
+            deadline = time.monotonic() + self.config.ray.stop_timeout_seconds
+            self.board.stop.remote(SIGNAL_NAMES[event])
+            print("\nstopping: the workers are asked to commit, again to stop at once", file=sys.stderr, flush=True)
+
+    def _read_news(self) -> None:
+        # without an answer the older news stand: a board that is lost or slow is no reason to end a run
+        with suppress(RayActorError, GetTimeoutError):
+            self.news = ray.get(self.board.news.remote(), timeout=_NEWS_SECONDS)
+
+    def _check_placed(self) -> None:
+        if self.stopped_by is None and self.news.unplaced_seconds > 60 * self.config.ray.timeout_minutes:
+            raise UserError(
+                f"the workers found no place for ray.timeout_minutes={self.config.ray.timeout_minutes:g}: "
+                f"{placement_in_words(self.config)}; end what else runs there, add nodes, lower ray.num_workers, or "
+                "allow more time"
+            )
+
+    def _abort(self) -> None:
+        """End Train's controller, and with it the workers."""
+        controller = self.news.controller
+        if controller is None:
+            return
+        # in good order if it answers; it does not while it waits for a place
+        ray.wait([controller.abort.remote()], timeout=_ABORT_SECONDS)
+        ray.kill(controller)
+
+    def _stopped_in_words(self, orderly: bool, error: BaseException | None) -> str:
+        how = f"stopped by {SIGNAL_NAMES[self.stopped_by]}"
+        if not orderly:
+            how += " before the workers had committed"
+        elif error is not None:
+            how += f" while the workers failed ({str(error).strip().splitlines()[-1]})"
+        committed = self.news.committed
+        newest = f"the newest checkpoint is {committed[1]}, step {committed[0]}" if committed else "no new checkpoint"
+        return f"{how}; {newest}; go on with --resume"
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray.train
@@ -35,18 +36,20 @@ from ray_pipeline.training.state import TrainState, load_weights
 
 @dataclass(frozen=True)
 class PhaseJob:
-    """What the driver tells each worker; plain values only. `init`: checkpoint folder to begin from, or None."""
+    """What the driver tells each worker. init: checkpoint folder to begin from, or None. stop: the Board (stopping.py)
+    of the run; None where nobody may ask it to stop."""
 
     config: dict
     phase: int
     run_dir: str
     latents: str
     init: str | None
+    stop: Any = None
 
 
 def job_values(job: PhaseJob) -> dict:
     """A PhaseJob as Ray Train's train_loop_config."""
-    return asdict(job)
+    return dict(vars(job))
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,7 @@ def stream_settings(data: PhaseData) -> StreamSettings:
         name=f"{data.phase.name}-rank{data.rank}",
         workers=stream_workers(data.config),
         gpus_per_worker=stream_gpus(data.config),
+        timeout=60 * data.config.ray.timeout_minutes,
     )
 
 
@@ -216,13 +220,13 @@ def stream_workers(config: Config) -> int:
     """Actors that feed one rank: those that gather, or in data.mode tiles the rank's share of those that encode."""
     if config.data.mode == "latents":
         return config.train.dataloader_workers
-    return max(1, (config.vae.actors or 0) // config.ray.num_workers)
+    return max(1, (config.vae.actors or 0) // config.ray.max_workers)
 
 
 def stream_cpus(config: Config) -> float:
-    """Logical CPUs that the streams of all ranks take, beside those of the training workers."""
+    """Logical CPUs that the streams of all ranks take at most, beside those of the training workers."""
     each = ENCODER_CPUS if config.data.mode == "tiles" else GATHER_CPUS
-    return config.ray.num_workers * stream_workers(config) * each
+    return config.ray.max_workers * stream_workers(config) * each
 
 
 def stream_gpus(config: Config) -> float:

@@ -1,0 +1,85 @@
+"""Whether the workers of a run and their data streams fit on the Ray that is running."""
+
+from __future__ import annotations
+
+import ray
+
+from ray_pipeline.config import Config
+from ray_pipeline.errors import UserError
+from ray_pipeline.training.setup import stream_cpus, stream_gpus, stream_workers
+
+
+def uses_gpu(config: Config) -> bool:
+    """Whether workers get a GPU each: as set, or `auto`, when the running Ray has any."""
+    if config.ray.use_gpu == "auto":
+        return ray.cluster_resources().get("GPU", 0) >= 1
+    return bool(config.ray.use_gpu)
+
+
+def worker_resources(config: Config) -> dict[str, float]:
+    """What one worker takes, all of it on one node."""
+    settings = config.ray
+    gpu = {"GPU": 1.0} if uses_gpu(config) else {}
+    return {"CPU": settings.cpus_per_worker} | gpu | settings.resources_per_worker
+
+
+def check_resources(config: Config) -> None:
+    """UserError when the running Ray can never hold the workers, at least as few as may train, and their streams."""
+    settings, have, each = config.ray, ray.cluster_resources(), worker_resources(config)
+    workers = settings.min_workers
+    need = {name: workers * amount for name, amount in each.items()}
+    # a stream that finds no room waits, and its worker with it
+    need["CPU"] += stream_cpus(config) * workers / settings.max_workers
+    if stream_gpus(config):
+        need["GPU"] = need.get("GPU", 0) + workers * stream_workers(config) * stream_gpus(config)
+    for name, amount in need.items():
+        if have.get(name, 0) < amount:
+            raise UserError(
+                f"ray.num_workers={_asked(config)} with its data streams needs {amount:g} {name}, but this Ray "
+                f"has {have.get(name, 0):g}; lower ray.num_workers or ray.resources_per_worker, or add nodes"
+            )
+    rooms = [_room(node["Resources"], each) for node in ray.nodes() if node["Alive"]]
+    fitting = {
+        "STRICT_PACK": max(rooms),
+        "STRICT_SPREAD": sum(room > 0 for room in rooms),
+    }.get(settings.placement_strategy, sum(rooms))
+    if fitting < workers:
+        raise UserError(
+            f"ray.num_workers={_asked(config)} with ray.placement_strategy={settings.placement_strategy} needs room "
+            f"for {workers} worker(s) of {in_words(each)}, each on one node, but there is room for {fitting}: "
+            f"{_nodes_in_words(each)}; lower ray.num_workers or what a worker takes, or add larger nodes"
+        )
+
+
+def placement_in_words(config: Config) -> str:
+    """What the workers of a run ask for, and what is free now."""
+    each = worker_resources(config)
+    free = {name: ray.available_resources().get(name, 0) for name in each}
+    return (
+        f"ray.num_workers={_asked(config)} asks for {in_words(each)} a worker, and this Ray has {in_words(free)} free "
+        f"of {in_words({name: ray.cluster_resources().get(name, 0) for name in each})} ({_nodes_in_words(each)})"
+    )
+
+
+def in_words(resources: dict[str, float]) -> str:
+    """Such as "4 CPU and 1 GPU"."""
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def _asked(config: Config) -> str:
+    settings = config.ray
+    return f"[{settings.min_workers}, {settings.max_workers}]" if settings.elastic else str(settings.max_workers)
+
+
+def _room(node: dict[str, float], each: dict[str, float]) -> int:
+    """Workers that fit on a node; Ray counts in ten-thousandths."""
+    return min(round(1e4 * node.get(name, 0)) // max(1, round(1e4 * amount)) for name, amount in each.items())
+
+
+def _nodes_in_words(each: dict[str, float]) -> str:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return (
+        f"{len(nodes)} node(s), at most "
+        + in_words({name: max(node.get(name, 0) for node in nodes) for name in each})
+        + " on one"
+    )
