@@ -34,7 +34,7 @@ from ray_pipeline.ray_session import ray_session
 from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder, replace_file
 from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
-from ray_pipeline.training.setup import PhaseJob, checkpoint_folder, stream_cpus
+from ray_pipeline.training.setup import PhaseJob, stream_cpus
 
 #: sections that may differ between a run and its resume: where it runs and what it shows, not what it computes
 _FREE_TO_CHANGE = ("ray", "monitoring", "checkpoint", "output_dir")
@@ -187,12 +187,9 @@ def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Pat
             progress = state.phase(phase.name)
             if progress.status == "finished":
                 continue
-            progress.attempt += 1
-            state.save(state_file)
             job = PhaseJob(
                 config=config.dump(),
                 phase=index,
-                attempt=progress.attempt,
                 run_dir=str(run_dir),
                 latents=prepared.job.store,
                 init=initial_weights(config, index),
@@ -234,7 +231,7 @@ def initial_weights(config: Config, index: int) -> str | None:
             f"phase {phase.name} begins from the best checkpoint of {before}, but {config.output_dir} has none; "
             f"train {before} first, or set phases.{index}.init to a checkpoint folder"
         )
-    return CheckpointStore(checkpoint_folder(config.output_dir)).path(best.checkpoint)
+    return CheckpointStore(config.checkpoint_store).path(best.checkpoint)
 
 
 def dry_run(config: Config) -> str:

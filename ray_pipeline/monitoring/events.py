@@ -219,7 +219,7 @@ class _JsonLines:
         self._write(self.kept)
         self.file.close()
         if self.kept:
-            raise OSError(f"the last {self.kept.count(b'\n')} records could not be written")
+            raise OSError(f"the last {len(self.kept)} bytes of records could not be written")
 
     def _write(self, data: bytes) -> None:
         size = os.fstat(self.file.fileno()).st_size

@@ -35,7 +35,7 @@ def train_phase(job: dict) -> None:
     UserError when that happens again.
     """
     job = PhaseJob(**job)
-    with StopWatch(job.stop, job) as watch:
+    with StopWatch(job.stop) as watch:
         trouble = train_attempt(job, watch)
         if trouble is not None:
             again = train_attempt(job, watch)
@@ -57,7 +57,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
         inputs = ReadAhead(prepared(data, steps))
         stack.callback(inputs.close)
         run = open_phase(data)
-        records = stack.enter_context(PhaseRecords(run)) if run.rank == 0 else None
+        records = stack.enter_context(PhaseRecords(run, watch.committed)) if run.rank == 0 else None
         log = stack.enter_context(SampleLog(run)) if run.config.monitoring.log_samples else None
         if run.state.step == 0:
             measure_untrained(run, records)

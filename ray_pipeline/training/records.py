@@ -34,10 +34,11 @@ _RETRY_SECONDS = 60.0
 
 
 class PhaseRecords:
-    """A context manager around the phase on rank 0; other ranks have none."""
+    """A context manager around the phase on rank 0; other ranks have none. tell: who hears of each commit, its step and
+    name."""
 
-    def __init__(self, run: PhaseRun):
-        self.run = run
+    def __init__(self, run: PhaseRun, tell: Callable[[int, str], None] | None = None):
+        self.run, self.tell = run, tell
         self.state_file = Path(run.job.run_dir) / "phase_state.json"
         self.state = phase_state.load(self.state_file)
         self.progress = self.state.phase(run.phase.name)
@@ -312,6 +313,8 @@ class PhaseRecords:
             )
         )
         self.state.record("checkpoint", f"{save.name} ({state['kind']})")
+        if self.tell:
+            self.tell(state["step"], save.name)
         self._note_checkpoints()
         self._write()
 

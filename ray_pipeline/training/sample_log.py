@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import FileIO
 
 from ray_pipeline.training.setup import PhaseRun, run_folder
 from ray_pipeline.training.step import StepInput
@@ -15,7 +16,7 @@ class SampleLog:
     def __init__(self, run: PhaseRun):
         folder = run_folder(run.job, "logs", "samples", run.phase.name)
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / f"attempt_{run.start.attempt:06d}_rank_{run.rank}.jsonl", "wb", buffering=0)
+        self.file = FileIO(folder / f"attempt_{run.start.attempt:06d}_rank_{run.rank}.jsonl", "w")
 
     def __enter__(self) -> SampleLog:
         return self
