@@ -16,7 +16,7 @@ from ray_pipeline.models.dit import DiT
 from ray_pipeline.ray_session import ray_session
 from ray_pipeline.training.build import make_edm, make_network, make_state
 from ray_pipeline.training.loss import TrainingLoss
-from ray_pipeline.training.setup import PhaseRun
+from ray_pipeline.training.setup import PhaseRun, Start
 from ray_pipeline.training.step import MicroBatch, micro_batches
 
 
@@ -38,7 +38,8 @@ def open_run(config: Config, number: int, network: DiT | None = None) -> PhaseRu
         job=None, config=config, phase=phase, rank=0, world_size=1, device=torch.device("cpu"), edm=edm,
         mixture=make_mixture(config, phase, train_store.datasets, "train"), train_store=train_store,
         val_store=val_store, source=train_store, val_rows=rows, val_simulated=np.zeros(len(rows), bool),
-        checkpoints=None, newest=None, state=state, model=TrainingLoss(edm, state.network, state.uncertainty),
+        checkpoints=None, start=Start(), newest=None, state=state,
+        model=TrainingLoss(edm, state.network, state.uncertainty),
     )  # fmt: skip
 
 

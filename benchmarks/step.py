@@ -147,7 +147,7 @@ def _our_step(arguments: argparse.Namespace):
     from ray_pipeline.data.plan import SamplePlan
     from ray_pipeline.training.build import make_edm, make_network, make_state, prepare_torch
     from ray_pipeline.training.loss import TrainingLoss
-    from ray_pipeline.training.setup import PhaseRun
+    from ray_pipeline.training.setup import PhaseRun, Start
     from ray_pipeline.training.step import MicroBatch, optimize
 
     config = _config(arguments)
@@ -160,7 +160,7 @@ def _our_step(arguments: argparse.Namespace):
     run = PhaseRun(
         job=None, config=config, phase=phase, rank=0, world_size=1, device=torch.device("cpu"), edm=edm,
         mixture=Mixture((Member("rows", 0, 1000, None, simulated=False),), plan), train_store=None, val_store=None,
-        source=None, val_rows=None, val_simulated=None, checkpoints=None, newest=None, state=state,
+        source=None, val_rows=None, val_simulated=None, checkpoints=None, start=Start(), newest=None, state=state,
         model=TrainingLoss(edm, state.network),
     )  # fmt: skip
     x0, noise, z = _batch(arguments)

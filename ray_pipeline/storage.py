@@ -78,8 +78,9 @@ class Folder:
             return Folder(Path(self.location, *names))
         base, mark, query = self.location.partition("?")
         below = Folder("/".join([base, *map(quote, names)]) + mark + query)
-        filesystem, path = self._opened  # one connection for all
-        below.__dict__["_opened"] = filesystem, "/".join([path.rstrip("/"), *names])
+        if "_opened" in vars(self):  # one connection for all
+            filesystem, path = self._opened
+            vars(below)["_opened"] = filesystem, "/".join([path.rstrip("/"), *names])
         return below
 
     @property

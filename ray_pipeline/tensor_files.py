@@ -95,7 +95,8 @@ def read_tensors(file: Readable, size: int) -> tuple[dict[str, Tensor], str]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
         dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-        if start != place or end - start != math.prod(shape) * dtype.itemsize or end > size - 8 - length:
+        fits = place == start <= end <= size - 8 - length and end - start == math.prod(shape) * dtype.itemsize
+        if not fits or min(shape, default=0) < 0:
             raise ValueError(f"tensor {name} does not fit its place in the file")
         tensor = torch.empty(shape, dtype=dtype)
         view = _bytes_of(tensor)

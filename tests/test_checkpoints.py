@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from ray_pipeline.checkpoints import CheckpointStore, DamagedCheckpoint, open_checkpoint
 from ray_pipeline.errors import UserError
+from ray_pipeline.storage import StorageError
 
 PHASE = "phase1"
 
@@ -94,23 +96,26 @@ def test_an_empty_or_absent_store_has_no_checkpoint(store, tmp_path):
     assert store.names() == []
 
 
-def test_the_commit_mark_is_written_last_so_an_interrupted_save_is_no_checkpoint(store, monkeypatch):
-    written = []
-    whole = store._write
+class Interrupted(dict):
+    """Groups that a save does not get to the end of."""
 
-    def interrupted(path, data):
-        written.append(Path(path).name)
-        if written[-1] == "state.json":
-            raise KeyboardInterrupt
-        whole(path, data)
+    def items(self):
+        yield from super().items()
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "_write", interrupted)
+
+def test_an_interrupted_save_is_no_checkpoint_though_all_its_tensors_are_there(store):
     with pytest.raises(KeyboardInterrupt):
-        save(store, 1)
-    assert written == ["model.safetensors", "optimizer.safetensors", "state.json"]
+        store.save("phase1_epoch_001", Interrupted(tensors(1)), state(100))
+    left = {path.name for path in Path(store.path("phase1_epoch_001")).iterdir()}
+    assert left == {"model.safetensors", "optimizer.safetensors"}
     fresh = CheckpointStore(store.root)
     assert fresh.names() == []
-    assert fresh.latest(PHASE) is None
+    found = fresh.search(PHASE)
+    assert found.checkpoint is None
+    assert re.search(
+        r"phase1_epoch_001\.ckpt is no checkpoint that counts: its save was interrupted", *found.passed_over
+    )
     # what was left behind does not stand in the way
     save(fresh, 1)
     fresh.load("phase1_epoch_001").verify()
@@ -205,22 +210,34 @@ def test_size_is_that_of_the_tensor_files(store):
     assert store.load(name).bytes == sum(path.stat().st_size for path in files)
 
 
-def test_delete_removes_the_commit_mark_first(store, monkeypatch):
+def test_what_is_deleted_is_gone_and_stays_so(store):
     name = save(store, 1)
-    folder = Path(store.path(name))
-
-    def killed(path):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_remove", killed)
-        with pytest.raises(KeyboardInterrupt):
-            store.delete(name)
-    assert (folder / "model.safetensors").exists()
+    store.delete(name)
+    assert not Path(store.path(name)).exists()
     assert store.names() == []
     store.delete(name)
-    assert not folder.exists()
-    store.delete(name)  # what is gone stays gone
+
+
+def test_what_was_passed_over_is_told(store):
+    for number in (1, 2, 3):
+        save(store, number)
+    flip(Path(store.path("phase1_epoch_003"), "model.safetensors"))
+    truncate(Path(store.path("phase1_epoch_002"), "state.json"))
+    found = store.search(PHASE)
+    assert found.checkpoint.name == "phase1_epoch_001.ckpt"
+    unmarked, changed = found.passed_over
+    assert "phase1_epoch_002.ckpt is no checkpoint" in unmarked
+    assert "phase1_epoch_003.ckpt/model.safetensors was changed after it was saved" in changed
+
+
+def test_a_file_that_cannot_be_read_for_now_is_not_taken_for_damaged(store):
+    """Else a run would go back, or begin again at 0, because its disk did not answer."""
+    name = save(store, 1)
+    file = Path(store.path(name), "model.safetensors")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(StorageError, match=r"model\.safetensors cannot be used"):
+        store.latest(PHASE)
 
 
 def test_a_missing_checkpoint_is_named_with_those_that_are_there(store):
@@ -240,7 +257,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(store):
     mark = Path(store.path(name), "state.json")
     mark.unlink()
     mark.mkdir()  # opening it fails, though it is there
-    with pytest.raises(UserError, match=r"state\.json cannot be read"):
+    with pytest.raises(StorageError, match=r"state\.json cannot be used"):
         store.latest(PHASE)
 
 

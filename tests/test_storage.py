@@ -35,7 +35,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
 
 def test_what_is_written_is_read_back(folder):
     folder.write("parts.bin", [b"abc", bytearray(b"def"), memoryview(b"ghi")])
-    folder.write("empty.bin")
+    folder.write("empty.bin", b"")
     assert folder.read("parts.bin") == b"abcdefghi"
     assert folder.read("empty.bin") == b""
     assert [folder.size(name) for name in ("parts.bin", "empty.bin", "none.bin")] == [9, 0, -1]
@@ -235,7 +235,7 @@ def test_a_file_in_a_folders_place_is_named(tmp_path):
 
 
 def test_replacing_a_file_makes_its_folder(tmp_path):
-    replace_file(tmp_path / "one" / "two" / "a", b"12", b"3")
+    replace_file(tmp_path / "one" / "two" / "a", [b"12", b"3"])
     assert (tmp_path / "one" / "two" / "a").read_bytes() == b"123"
     assert [path.name for path in (tmp_path / "one" / "two").iterdir()] == ["a"]
 
@@ -244,7 +244,7 @@ def test_replacing_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
     replace_file(tmp_path / "a", b"old")
     for broken, error in (([b"new", None], TypeError), (["text"], TypeError)):
         with pytest.raises(error):
-            replace_file(tmp_path / "a", *broken)
+            replace_file(tmp_path / "a", broken)
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError):
         replace_file(tmp_path / "folder", b"new")
@@ -265,7 +265,7 @@ def test_a_reader_finds_the_old_file_or_the_new_one(tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     for number in range(20):
-        replace_file(path, *[str(number % 10).encode() * (size // 4)] * 4)
+        replace_file(path, [str(number % 10).encode() * (size // 4)] * 4)
     done.set()
     reader.join()
     assert seen == {(size, 1)}
@@ -274,7 +274,7 @@ def test_a_reader_finds_the_old_file_or_the_new_one(tmp_path):
 def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
     program = (
         "import itertools, sys; from ray_pipeline.storage import replace_file\n"
-        "for n in itertools.count(): replace_file(sys.argv[1], *[str(n % 10).encode() * 50_000] * 20)\n"
+        "for n in itertools.count(): replace_file(sys.argv[1], [str(n % 10).encode() * 50_000] * 20)\n"
     )
     path = tmp_path / "a"
     with subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=Path(__file__).parents[1]) as writer:

@@ -1,8 +1,7 @@
-"""An optimizer step with a loss or gradient that is not finite changes nothing, on no rank, and says so on all."""
+"""An optimizer step with a loss or gradient that is not finite is left out by all ranks, who know whose it was."""
 
 import json
 import math
-import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.mixture import make_mixture
 from ray_pipeline.training.build import make_edm, make_network, make_state
 from ray_pipeline.training.loss import TrainingLoss
-from ray_pipeline.training.setup import PhaseJob, PhaseRun
-from ray_pipeline.training.step import micro_batches, optimize
+from ray_pipeline.training.setup import PhaseJob, PhaseRun, Start
+from ray_pipeline.training.step import avoid, micro_batches, optimize
 
 MODEL = {"architecture": "custom", "latent_size": 8, "depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
 ROWS, GLOBAL_BATCH, RANKS = 16, 8, 2
@@ -56,7 +55,7 @@ def make_run(store, rank=0, world_size=1, hints=False, trainable="full", uncerta
     state, edm = make_state(config, network), make_edm(config)
     loss = TrainingLoss(edm, network, state.uncertainty)
     return PhaseRun(
-        job=PhaseJob({}, 1, 1, "", str(store.folder), None),
+        job=PhaseJob({}, 1, "", str(store.folder), None),
         config=config,
         phase=config.phases[1],
         rank=rank,
@@ -69,6 +68,7 @@ def make_run(store, rank=0, world_size=1, hints=False, trainable="full", uncerta
         val_rows=np.arange(4),
         val_simulated=np.zeros(4, bool),
         checkpoints=CheckpointStore("unused"),
+        start=Start(),
         newest=None,
         edm=edm,
         state=state,
@@ -94,24 +94,21 @@ def copies(run):
     return {f"{group}/{n}": t.clone() for group, tensors in run.state.groups().items() for n, t in tensors.items()}
 
 
+def learned(run):
+    """The same without the averages, which follow the weights at every position."""
+    return {name: tensor for name, tensor in copies(run).items() if not name.startswith("ema_")}
+
+
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def attempt(run, step, batches):
-    """What a step does to a run: result or error, and whether it changed anything."""
-    before, position = copies(run), run.state.step
-    try:
-        result, error = optimize(run, step, batches), None
-    except FloatingPointError as raised:
-        result, error = None, str(raised)
-    unchanged = same(before, copies(run)) and run.state.step == position
-    return {"error": error, "unchanged": unchanged, "loss": result and result.loss, "norm": result and result.grad_norm}
-
-
-def numbers_in(error):
-    """Loss and norm of the gradient in the message of an error."""
-    return map(float, re.search(r"the loss is (\S+) and the gradient ([^\s;]+);", error).groups())
+def outcome_of(run, step, batches):
+    """What a step does to a run: its result, and whether it left weights and optimizer as they were."""
+    before = learned(run)
+    result = optimize(run, step, batches)
+    assert run.state.step == step + 1
+    return vars(result) | {"unchanged": same(before, learned(run)), "skips": list(run.state.skipped)}
 
 
 def train_rank(rank, folder):
@@ -125,8 +122,8 @@ def train_rank(rank, folder):
         poison = {key: value for key, value in case.items() if key in ("latent", "hint.denoising", "row")}
         settings = {key: value for key, value in case.items() if key not in poison}
         run = make_run(store, rank, RANKS, **settings)
-        good = attempt(run, 0, batches_of(run, 0))
-        bad = attempt(run, 1, batches_of(run, 1, poison if rank == BAD_RANK else None))
+        good = outcome_of(run, 0, batches_of(run, 0))
+        bad = outcome_of(run, 1, batches_of(run, 1, poison if rank == BAD_RANK else None))
         outcomes[name] = {"good": good, "bad": bad}
         if not poison:
             torch.save(copies(run), Path(folder, f"{name} {rank}.pt"))
@@ -151,25 +148,32 @@ def outcomes(tmp_path_factory, write_latents):
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("clean")])
-def test_what_one_rank_cannot_compute_stops_both_at_that_step_before_anything_changes(outcomes, case):
+def test_what_one_rank_cannot_compute_both_leave_out(outcomes, case):
     for rank in outcomes[1]:
         good, bad = rank[case]["good"], rank[case]["bad"]
-        assert good["error"] is None
+        assert not good["skipped"]
         assert not good["unchanged"]
-        assert bad["error"] is not None
-        assert bad["error"].startswith("phase p, step 2: the loss is ")
-        assert bad["error"].endswith(
-            "lower optimizer.lr or use train.precision=fp32 and resume from the last checkpoint"
-        )
+        assert bad["skipped"]
         assert bad["unchanged"]
+        assert bad["skips"] == [2]
+        assert not (math.isfinite(bad["loss"]) and math.isfinite(bad["grad_norm"]))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("clean")])
+def test_both_ranks_know_whose_sample_it_was(outcomes, case):
+    """The poisoned row of rank 1: the first of its slice, or the last."""
+    own = np.array_split(np.arange(GLOBAL_BATCH), RANKS)[BAD_RANK]
+    expected = GLOBAL_BATCH + int(own[CASES[case].get("row", 0)])
+    for rank in outcomes[1]:
+        assert rank[case]["bad"]["suspects"] == [expected]
 
 
 def test_a_loss_may_be_infinite_while_the_gradient_is_finite(outcomes):
     """So the case of that name is one: no rank sees it in its gradient."""
     for rank in outcomes[1]:
-        loss, norm = numbers_in(rank["infinite loss, finite gradient"]["bad"]["error"])
-        assert loss == math.inf
-        assert math.isfinite(norm)
+        bad = rank["infinite loss, finite gradient"]["bad"]
+        assert bad["loss"] == math.inf
+        assert math.isfinite(bad["grad_norm"])
 
 
 @pytest.mark.parametrize("hints", [False, True], ids=["unconditional", "hints"])
@@ -178,13 +182,13 @@ def test_finite_samples_train_two_ranks_as_they_train_one(outcomes, hints):
     folder, ranks = outcomes
     name = "clean hints" if hints else "clean"
     run = make_run(LatentStore.open(folder / "store"), hints=hints)
-    expected = [attempt(run, step, batches_of(run, step)) for step in range(2)]
+    expected = [outcome_of(run, step, batches_of(run, step)) for step in range(2)]
     for rank in range(RANKS):
         for found, alone in zip((ranks[rank][name]["good"], ranks[rank][name]["bad"]), expected, strict=True):
-            assert found["error"] is None
+            assert not found["skipped"]
             assert not found["unchanged"]
             assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-            assert found["norm"] == pytest.approx(alone["norm"], rel=1e-4)
+            assert found["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
     states = [torch.load(folder / f"{name} {rank}.pt") for rank in range(RANKS)]
     assert same(*states)
     for key, tensor in copies(run).items():
@@ -201,32 +205,56 @@ def store(tmp_path, write_latents):
     [({"latent": math.nan}, False), ({"latent": -math.inf}, False), ({"hint.denoising": math.nan}, True)],
     ids=str,
 )
-def test_one_process_alone_refuses_them_too(store, poison, hints):
+def test_one_process_alone_leaves_them_out_too(store, poison, hints):
     run = make_run(store, hints=hints)
-    assert attempt(run, 0, batches_of(run, 0))["error"] is None
-    outcome = attempt(run, 1, batches_of(run, 1, poison))
-    assert outcome["error"].startswith("phase p, step 2: the loss is nan and the gradient nan; lower optimizer.lr")
+    assert not outcome_of(run, 0, batches_of(run, 0))["skipped"]
+    outcome = outcome_of(run, 1, batches_of(run, 1, poison))
+    assert outcome["skipped"]
     assert outcome["unchanged"]
+    assert outcome["suspects"] == (GLOBAL_BATCH,)
+    assert not outcome_of(run, 2, batches_of(run, 2))["skipped"]
 
 
 @pytest.mark.parametrize("grad_clip", [1.0, None])
-def test_a_gradient_that_overflows_is_refused_though_the_loss_is_finite(store, grad_clip):
+def test_a_gradient_that_overflows_is_left_out_though_the_loss_is_finite(store, grad_clip):
     run = make_run(store, uncertainty=False, grad_clip=grad_clip)
-    assert attempt(run, 0, batches_of(run, 0))["error"] is None
+    outcome_of(run, 0, batches_of(run, 0))
     with torch.no_grad():
         run.state.network.final_layer.linear.weight.normal_(0, 5e16)
-    outcome = attempt(run, 1, batches_of(run, 1))
-    loss, norm = numbers_in(outcome["error"])
-    assert math.isfinite(loss)
-    assert norm == math.inf
+    outcome = outcome_of(run, 1, batches_of(run, 1))
+    assert math.isfinite(outcome["loss"])
+    assert outcome["grad_norm"] == math.inf
+    assert outcome["skipped"]
     assert outcome["unchanged"]
+    assert outcome["suspects"] == ()
+
+
+def test_a_step_that_is_avoided_leaves_what_a_skipped_one_leaves(store):
+    """So a replay that knows of the bad step equals the run that met it."""
+    met, told = make_run(store), make_run(store)
+    for run in (met, told):
+        outcome_of(run, 0, batches_of(run, 0))
+    outcome_of(met, 1, batches_of(met, 1, {"latent": math.nan}))
+    assert avoid(told, 1).skipped
+    for run in (met, told):
+        outcome_of(run, 2, batches_of(run, 2))
+    assert same(copies(met), copies(told))
+    assert met.state.skipped == told.state.skipped == [2]
+    assert met.state.step == told.state.step == 3
+
+
+@pytest.mark.parametrize("asked", [{"save": True}, {"stop": True}, {}])
+def test_what_a_rank_asks_for_comes_with_its_step(store, asked):
+    run = make_run(store)
+    result = optimize(run, 0, batches_of(run, 0), **asked)
+    assert {"save": result.save, "stop": result.stop} == {"save": False, "stop": False} | asked
 
 
 def test_a_masked_hint_may_hold_anything(store):
     run = make_run(store, hints=True)
     batches = batches_of(run, 0, {"hint.denoising": math.nan})
     batches[0].mask[0] = False
-    assert attempt(run, 0, batches)["error"] is None
+    assert not outcome_of(run, 0, batches)["skipped"]
 
 
 def test_a_step_reports_the_unweighted_loss(store):

@@ -12,7 +12,7 @@ from ray_pipeline.training.build import make_edm, make_network, make_state
 from ray_pipeline.training.loss import TrainingLoss
 from ray_pipeline.training.phase import finish_step
 from ray_pipeline.training.records import PhaseRecords
-from ray_pipeline.training.setup import PhaseJob, PhaseRun
+from ray_pipeline.training.setup import PhaseJob, PhaseRun, Start
 from ray_pipeline.training.snapshots import snapshot_is_due
 from ray_pipeline.training.step import micro_batches, optimize
 
@@ -63,7 +63,7 @@ def make_run(tmp_path, write_latents):
         network = make_network(config, config.phases[0])
         state, edm = make_state(config, network), make_edm(config)
         return PhaseRun(
-            job=PhaseJob(config.dump(), 0, 1, str(tmp_path / "run"), str(store.folder), None),
+            job=PhaseJob(config.dump(), 0, str(tmp_path / "run"), str(store.folder), None),
             config=config,
             phase=config.phases[0],
             rank=0,
@@ -76,6 +76,7 @@ def make_run(tmp_path, write_latents):
             val_rows=np.arange(4),
             val_simulated=np.zeros(4, bool),
             checkpoints=CheckpointStore(tmp_path / "run" / "checkpoints"),
+            start=Start(),
             newest=None,
             edm=edm,
             state=state,

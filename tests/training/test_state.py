@@ -42,7 +42,8 @@ def save(tmp_path, header_for):
     def save(state, name="phase1_epoch_001"):
         store = CheckpointStore(tmp_path / "checkpoints")
         header = header_for(state.network, step=state.step, ema=state.ema and state.ema.group)
-        about = {"phase": "phase1", "step": state.step, "weights": header.model_dump(mode="json")}
+        about = {"phase": "phase1", "step": state.step, "skipped": state.skipped}
+        about["weights"] = header.model_dump(mode="json")
         store.save(name, state.groups(), about, header.metadata())
         return CheckpointStore(tmp_path / "checkpoints").load(name)
 
@@ -62,10 +63,12 @@ def assert_same_groups(one, other):
 @pytest.mark.parametrize("fused", [True, False])
 def test_n_plus_m_steps_equal_n_steps_a_save_a_load_and_m_steps(save, fused):
     whole = train(make_state(fused=fused), 7)
-    checkpoint = save(train(make_state(fused=fused), 4))
+    half = train(make_state(fused=fused), 4)
+    half.skipped.append(2)
+    checkpoint = save(half)
     resumed = make_state(seed=99, fused=fused)
     resumed.restore(checkpoint)
-    assert resumed.step == 4
+    assert (resumed.step, resumed.skipped) == (4, [2])
     train(resumed, 3)
     assert resumed.step == whole.step
     assert_same_groups(resumed, whole)

@@ -17,7 +17,7 @@ from ray_pipeline.diffusion.edm import EDM
 from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.training.build import make_edm, make_network, make_optimizer
 from ray_pipeline.training.ema import EMA
-from ray_pipeline.training.setup import PhaseJob, PhaseRun
+from ray_pipeline.training.setup import PhaseJob, PhaseRun, Start
 from ray_pipeline.training.state import TrainState
 from ray_pipeline.training.validation import Validation, other_tiles, paired_gain, untrained_loss, validate
 
@@ -59,7 +59,7 @@ def make_run(folder: Path, store: LatentStore, rows=None, hints=(), fresh=False,
                 parameter.normal_(0, 0.1)
     rows = np.arange(ROWS) if rows is None else np.asarray(rows)
     fields = {
-        "job": PhaseJob({}, 0, 1, str(folder), str(store.folder), None),
+        "job": PhaseJob({}, 0, str(folder), str(store.folder), None),
         "config": config,
         "phase": config.phases[0],
         "rank": 0,
@@ -72,6 +72,7 @@ def make_run(folder: Path, store: LatentStore, rows=None, hints=(), fresh=False,
         "val_rows": rows,
         "val_simulated": np.zeros(len(rows), bool),
         "checkpoints": CheckpointStore(folder / "checkpoints"),
+        "start": Start(),
         "newest": None,
         "edm": make_edm(config),
         "state": TrainState(network, make_optimizer(config, network), averages=[]),
