@@ -12,11 +12,12 @@ from pathlib import Path
 from ray_pipeline.cli_data import add_data_commands
 from ray_pipeline.cli_inference import add_inference_commands
 from ray_pipeline.cli_words import add_config, ascii_text, config_words, counts_in_words
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import RunStopped, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did what was asked, 1 for a wrong set-up, 2 for wrong input, 130 for Ctrl-C."""
+    """Run one command; 0 when it did what was asked, 1 for a wrong set-up, 2 for wrong input, 128 + the signal's number
+    for a stop (130 for Ctrl-C, 143 for SIGTERM)."""
     arguments = _parser().parse_args(argv)
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {ascii_text(str(error))}", file=sys.stderr)
         return 2
+    except RunStopped as stopped:
+        print(ascii_text(str(stopped)), file=sys.stderr)
+        return stopped.exit_code
     except OSError as error:
         if error.filename is None:
             raise
@@ -56,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     train = _add(commands, "train", _train, "the main job: all that is missing, then every phase")
     add_config(train)
     train.add_argument("--resume", action="store_true", help="go on where the run in output_dir stopped")
+    train.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY",
+        help="with --resume: let this key, or all of a section (optimizer, phases.1), differ from the run's config",
+    )  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="print steps, memory, disk and time; write nothing")
     train.add_argument("--verbose", action="store_true", help="show what Ray's workers print")
     add_inference_commands(partial(_add, commands))
@@ -120,12 +128,20 @@ def _train(arguments) -> None:
     if arguments.dry_run:
         print(ascii_text(pipeline.dry_run(config)))
         return
-    run_dir = pipeline.train(config, resume=arguments.resume, verbose=arguments.verbose)
+    run_dir = pipeline.train(
+        config,
+        resume=arguments.resume,
+        allow_changes=arguments.allow_change,
+        verbose=arguments.verbose,
+        say=lambda words: print(ascii_text(words), flush=True),
+    )
+    if run_dir is None:
+        return
     print(ascii_text(describe_run(run_dir)))
     print()
     print(f"pictures  {run_dir / 'samples'}")
     print(f"          {run_dir / 'plots'}")
-    print(f"weights   {run_dir / 'checkpoints'}")
+    print(f"weights   {ascii_text(config.checkpoint.store or str(run_dir / 'checkpoints'))}")
     print(f"records   tensorboard --logdir {run_dir / 'logs' / 'tensorboard'}")
 
 

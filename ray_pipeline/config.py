@@ -126,6 +126,11 @@ class Config(Section):
         }
         return tuple(name for name in PAIRED_TYPES if name in used)
 
+    @property
+    def checkpoint_store(self) -> str:
+        """Where the run's checkpoints lie: a path or a URI."""
+        return self.checkpoint.store or f"{self.output_dir}/checkpoints"
+
     def has_lora(self, phase: PhaseConfig) -> bool:
         """Whether a phase's network has low-rank parts: it trains them, or a phase before it did."""
         before = self.phases[: self.phases.index(phase) + 1]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from ray_pipeline import estimate
 from ray_pipeline.checkpoints import CheckpointStore, open_checkpoint
-from ray_pipeline.config import Config, load_config
+from ray_pipeline.config import Config
 from ray_pipeline.data import encode as encoding
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
 from ray_pipeline.data.hint_preview import preview, with_hints
@@ -27,17 +26,15 @@ from ray_pipeline.data.sources.simulate import simulate
 from ray_pipeline.data.verify import Comparison, compare_sample
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
-from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.phase_state import PhaseState
 from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.monitoring.tile_grid import Window, sample_grid
 from ray_pipeline.ray_session import ray_session
+from ray_pipeline.resume import open_run
 from ray_pipeline.sections import PARTNER_TYPES
-from ray_pipeline.storage import Folder, replace_file
+from ray_pipeline.storage import Folder
 from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
-
-#: sections that may differ between a run and its resume: where it runs and what it shows, not what it computes
-_FREE_TO_CHANGE = ("ray", "monitoring", "checkpoint", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -163,39 +160,54 @@ def stored_tiles(store: str) -> tuple[dict[str, int], int, dict[str, int]]:
     return {name: len(split) for name, split in splits.items()}, splits["train"].index["rejected"], partners
 
 
-def train(config: Config, *, resume: bool = False, verbose: bool = False) -> Path:
-    """Do all that is missing, then every phase; returns the run directory.
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    allow_changes: Sequence[str] = (),
+    verbose: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path | None:
+    """Do all that is missing, then every phase; returns the run directory, None when all was done already.
 
-    UserError: a run is there already and `resume` is False, or it was started with another config.
+    allow_changes: keys or sections in which a resume may differ from the run; `say` gets each difference.
+    UserError: a run is there already and `resume` is False, or it cannot go on with this config.
     """
     config = _absolute(config)
-    run_dir = Path(config.output_dir)
-    state_file = run_dir / "phase_state.json"
-    _check_run_dir(config, run_dir, resume)
+    estimate.check_writable(config.output_dir, "output_dir")
+    estimate.check_writable(config.checkpoint_store, "checkpoint.store")
+    start = open_run(config, resume=resume, allow=allow_changes)
+    for line in start.describe_changes():
+        say(f"changed   {line}")
+    if start.is_finished():
+        say(f"the run in {start.run_dir} is finished, so there is nothing to resume; phases[].epochs may give it more")
+        return None
+    if not start.begun:
+        start.write_config()  # a start that fails over its data can be made again, with or without --resume
     prepare_data(config)
     prepared = look(config)
     samples = check_phases(config, prepared)
     estimates = [estimate.estimate_phase(config, *pair) for pair in zip(config.phases, samples, strict=True)]
-    estimate.check_disk(run_dir, estimate.output_bytes(estimates) - _bytes_in(run_dir), "output_dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(run_dir / "config.yaml", config.to_yaml().encode())
+    store = config.checkpoint.store
+    place, key = (store, "checkpoint.store") if store else (config.output_dir, "output_dir")
+    estimate.check_disk(place, estimate.output_bytes(estimates) - _bytes_in(Path(place)), key)
+    start.accept(prepared.fingerprint.store)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
         encode(config, prepared)
         for index, phase in enumerate(config.phases):
-            state = phase_state.load(state_file)
-            progress = state.phase(phase.name)
-            if progress.status == "finished":
+            state = start.state()
+            if state.phase(phase.name).is_done(phase.epochs):
                 continue
             job = PhaseJob(
                 config=config.dump(),
                 phase=index,
-                run_dir=str(run_dir),
+                run_dir=config.output_dir,
                 latents=prepared.job.store,
-                init=initial_weights(config, index),
+                init=initial_weights(config, index, state),
             )
             run_phase(config, job)
-    return run_dir
+    return start.run_dir
 
 
 def check_phases(config: Config, prepared: Prepared) -> list[int]:
@@ -215,7 +227,7 @@ def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def initial_weights(config: Config, index: int) -> str | None:
+def initial_weights(config: Config, index: int, state: PhaseState) -> str | None:
     """Checkpoint folder that phase `index` begins from: phases[].init, else the best of the phase before."""
     phase = config.phases[index]
     if phase.init:
@@ -224,7 +236,6 @@ def initial_weights(config: Config, index: int) -> str | None:
     if index == 0:
         return None
     before = config.phases[index - 1].name
-    state = phase_state.load(Path(config.output_dir) / "phase_state.json")
     best = state.phase(before).best
     if best is None:
         raise UserError(
@@ -266,8 +277,16 @@ def _absolute(config: Config) -> Config:
     )
     folder = Path(config.vae.pretrained).expanduser()
     vae = config.vae.model_copy(update={"pretrained": str(folder.absolute())}) if folder.is_dir() else config.vae
+    store = config.checkpoint.store
+    checkpoint = config.checkpoint.model_copy(update={"store": None if store is None else Folder(store).location})
     return config.model_copy(
-        update={"data": data, "vae": vae, "phases": phases, "output_dir": _path(config.output_dir)}
+        update={
+            "data": data,
+            "vae": vae,
+            "checkpoint": checkpoint,
+            "phases": phases,
+            "output_dir": _path(config.output_dir),
+        }
     )
 
 
@@ -275,35 +294,3 @@ def _path(text: str) -> str:
     if "://" in text:
         raise UserError(f"{text} is a URI; this version reads and writes local or mounted folders, so give such a path")
     return str(Path(text).expanduser().absolute())
-
-
-def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
-    estimate.check_writable(run_dir, "output_dir")
-    saved = run_dir / "config.yaml"
-    if not saved.is_file():
-        if resume and not run_dir.is_dir():
-            raise UserError(f"output_dir={run_dir} does not exist, so there is nothing to resume; leave out --resume")
-        return
-    if not resume:
-        raise UserError(f"output_dir={run_dir} holds a run already; go on with --resume or set another output_dir")
-    before = load_config(saved).dump()
-    now = yaml.safe_load(config.to_yaml())
-    changed = sorted(_differences(before, now))
-    refused = [key for key in changed if key.split(".")[0] not in _FREE_TO_CHANGE]
-    if refused:
-        raise UserError(
-            f"output_dir={run_dir} was started with other settings ({', '.join(refused)} differ from its config.yaml); "
-            "resume with the same ones, or set another output_dir"
-        )
-
-
-def _differences(before: object, now: object, path: str = "") -> list[str]:
-    """Paths of the values that differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = before.keys() | now.keys()
-        inner = [_differences(before.get(k), now.get(k), f"{path}.{k}" if path else k) for k in keys]
-        return [key for keys in inner for key in keys]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        inner = [_differences(a, b, f"{path}.{i}") for i, (a, b) in enumerate(zip(before, now, strict=True))]
-        return [key for keys in inner for key in keys]
-    return [] if before == now else [path]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray_pipeline.config import load_config
-from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
 from ray_pipeline.monitoring.progress import format_seconds
+from ray_pipeline.run_state import read_run
 
 
 def describe_run(run_dir: str | Path) -> str:
     """Phases with progress, losses, checkpoints and time left, as text; UserError when there is no run."""
     run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} holds no run (no config.yaml); give the output_dir of a training")
-    config = load_config(run_dir / "config.yaml")
-    state = phase_state.load(run_dir / "phase_state.json")
+    run = read_run(run_dir)
+    config, state = run.config, run.state
     lines = [f"run  {run_dir.absolute()}"]
     for phase in config.phases:
         progress = state.phases.get(phase.name, phase_state.PhaseProgress())

@@ -11,10 +11,12 @@ import safetensors
 from torch import Tensor
 
 from ray_pipeline.checkpoints import Checkpoint, CheckpointStore
+from ray_pipeline.config import Config
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.posthoc_ema import MAX_STD, Snapshot, profile_error, reconstruct
 from ray_pipeline.models.weights import header_in, save_weights
-from ray_pipeline.monitoring.phase_state import load
+from ray_pipeline.monitoring.phase_state import PhaseState
+from ray_pipeline.run_state import read_run
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def make_average(
         )
     if out is not None and out.suffix != ".safetensors":
         raise UserError(f"--out {out}: expected a name that ends in .safetensors, which `sample` knows it by; add that")
-    phase = _phase(run_dir, phase)
+    run = read_run(run_dir)
+    phase = _phase(run_dir, run.state, phase)
     stored = _snapshots(run_dir, phase)
     steps = sorted({checkpoint.state["step"] for checkpoint in stored})
     until = steps[-1] if step is None else step
@@ -63,7 +66,7 @@ def make_average(
         averages = reconstruct(snapshots, std, until)
     error = profile_error([(snapshot.std, snapshot.step) for snapshot in snapshots], std, until)
     header = header_in(used[-1].state, used[-1].folder)
-    tensors = {**_untrained(run_dir, phase), **averages}
+    tensors = {**_untrained(run.config, phase), **averages}
     path = out or Path(run_dir, "weights", f"{phase}_step_{until:08d}_ema_power_{std}.safetensors")
     save_weights(path, tensors, header.model_copy(update={"step": until, "ema": f"ema_power_{std}"}))
     return Reconstruction(path, phase, until, len(snapshots), error)
@@ -86,11 +89,9 @@ class _OpenTensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _phase(run_dir: Path, phase: str | None) -> str:
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} holds no run (no config.yaml); give the output_dir of a training")
+def _phase(run_dir: Path, state: PhaseState, phase: str | None) -> str:
     root = run_dir / "ema_snapshots"
-    known = [name for name in load(run_dir / "phase_state.json").phases if (root / name).is_dir()]
+    known = [name for name in state.phases if (root / name).is_dir()]
     if not known:
         raise UserError(f"{run_dir} holds no ema_snapshots; train with ema.power_stds and ema.snapshots above 0")
     if phase is not None and phase not in known:
@@ -107,9 +108,11 @@ def _snapshots(run_dir: Path, phase: str) -> list[Checkpoint]:
     return stored
 
 
-def _untrained(run_dir: Path, phase: str) -> dict[str, Tensor]:
+def _untrained(config: Config, phase: str) -> dict[str, Tensor]:
     """Weights of the phase's newest checkpoint: those that it does not train are the same in all of them."""
-    checkpoint = CheckpointStore(run_dir / "checkpoints").latest(phase)
+    checkpoint = CheckpointStore(config.checkpoint_store).latest(phase)
     if checkpoint is None:
-        raise UserError(f"{run_dir}/checkpoints holds no checkpoint of {phase}, which tells the weights not averaged")
+        raise UserError(
+            f"{config.checkpoint_store} holds no checkpoint of {phase}, which tells the weights not averaged"
+        )
     return checkpoint["model"]

@@ -18,7 +18,7 @@ from ray_pipeline.models.architectures import DOWNSCALE
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.models.dit import DiT
 from ray_pipeline.models.weights import WeightsHeader, header_in, load_weights_file
-from ray_pipeline.monitoring import phase_state
+from ray_pipeline.run_state import read_run
 
 #: the average that validation used, or the weights themselves where there was none
 DEFAULT_WEIGHTS = "ema"
@@ -136,20 +136,13 @@ def latent_stats(header: WeightsHeader) -> LatentStats:
 
 def _best_checkpoint(run: str) -> str:
     """Folder of the best checkpoint of the last phase that has one."""
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file():
-        what = "no run (no config.yaml)" if folder.is_dir() else "nothing"
-        raise UserError(
-            f"{run} holds {what}, expected a checkpoint folder ({SUFFIX}), a {_FILE} file or the output_dir of a "
-            "training; correct the path"
-        )
-    phases = phase_state.load(folder / "phase_state.json").phases.values()
-    best = [progress.best.checkpoint for progress in phases if progress.best is not None]
+    found = read_run(run, f"a checkpoint folder ({SUFFIX}), a {_FILE} file or the output_dir of a training")
+    best = [progress.best.checkpoint for progress in found.state.phases.values() if progress.best is not None]
     if not best:
         raise UserError(
             f"{run} has no checkpoint with a validation loss yet; train longer, or give a checkpoint folder"
         )
-    return CheckpointStore(folder / "checkpoints").path(best[-1])
+    return CheckpointStore(found.config.checkpoint_store).path(best[-1])
 
 
 def _tensors(checkpoint: Checkpoint, name: str) -> Mapping[str, Tensor]:

@@ -10,6 +10,11 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.storage import replace_file
 
 HISTORY_LIMIT = 1000
+FILE = "phase_state.json"
+
+
+class DamagedState(UserError):
+    """The file does not hold a phase state that this version reads; checkpoints and records can give another one."""
 
 
 def utc_now() -> str:
@@ -46,6 +51,10 @@ class PhaseProgress(_Record):
     baseline_val_loss: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
 
+    def is_done(self, epochs: int) -> bool:
+        """Whether nothing of a phase of `epochs` is left to train: it is finished, and was not given more since."""
+        return self.status == "finished" and self.epochs == epochs
+
 
 class HistoryEntry(_Record):
     """One line of the run's history; `time` is ISO 8601 in UTC."""
@@ -56,8 +65,12 @@ class HistoryEntry(_Record):
 
 
 class PhaseState(_Record):
-    """Contents of `phase_state.json`; `phases` is in the order in which the phases run."""
+    """Contents of `phase_state.json`; `phases` is in the order in which the phases run.
 
+    run: facts about the whole run; `latents`, the fingerprint of the latent store that it trains on.
+    """
+
+    version: Literal[1] = 1
     current_phase: str | None = None
     phases: dict[str, PhaseProgress] = Field(default_factory=dict)
     history: list[HistoryEntry] = Field(default_factory=list)
@@ -80,7 +93,7 @@ class PhaseState(_Record):
 def load(path: str | Path) -> PhaseState:
     """The state saved at `path`, or a fresh one when there is no such file.
 
-    Raises UserError when the file cannot be read or does not hold a phase state.
+    Raises DamagedState when the file does not hold a phase state, UserError when it cannot be read.
     """
     try:
         data = Path(path).read_bytes()
@@ -97,7 +110,7 @@ def load(path: str | Path) -> PhaseState:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         found = f"key {key}: {first['msg']}" if key else first["msg"]
-        raise UserError(
+        raise DamagedState(
             f"{path} is damaged: found {found} in {len(data)} bytes, expected the JSON that training wrote; "
-            "restore the file, or move it away to begin a fresh one (checkpoints are not touched)."
+            "`train --resume` rebuilds it from the checkpoints"
         ) from error

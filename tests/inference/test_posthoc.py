@@ -108,7 +108,7 @@ def trained(tmp_path_factory, header_for):
     network = draw_weights(build_dit("custom", **SIZES, **LORA))
     network.freeze_base()
     hints = Phase(root, "hints", header_for, network, hints=1).train()
-    (root / "config.yaml").write_text("phases: []\n")
+    (root / "config.yaml").write_text("phases: [{name: first, epochs: 1}]\n")
     state = PhaseState()
     for name in ("prior", "hints", "later"):
         state.phase(name)
@@ -221,7 +221,7 @@ def test_a_width_that_no_average_has_is_refused(run, std):
 
 def test_a_folder_without_a_run_is_refused(run):
     (run / "config.yaml").unlink()
-    with pytest.raises(UserError, match=rf"{run} holds no run \(no config\.yaml\); give the output_dir"):
+    with pytest.raises(UserError, match=rf"{run} holds no run \(no config\.yaml\), expected the output_dir"):
         make_average(run, 0.07)
 
 

@@ -225,7 +225,7 @@ def test_a_file_and_a_run_give_the_tiles_of_their_checkpoint(write_weights, samp
         state.phase(phase).best = BestCheckpoint(checkpoint=checkpoint.path.name, val_loss=1.0, epoch=1)
     state.phase("third")  # without a checkpoint yet
     state.save(tmp_path / "run" / "phase_state.json")
-    (tmp_path / "run" / "config.yaml").write_text("phases: []\n")
+    (tmp_path / "run" / "config.yaml").write_text("phases: [{name: first, epochs: 1}]\n")
     run, text = sample(tmp_path / "run", "--tiles", 1, out="from_run")
     assert np.array_equal(pixels(run, 0), pixels(expected, 0))
     assert "one.ckpt" in text

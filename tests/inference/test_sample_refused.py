@@ -150,7 +150,7 @@ def test_weights_that_are_none(weights, refused, tmp_path):
 
 def test_a_run_without_a_checkpoint(refused, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("phases: []\n")
+    (tmp_path / "run" / "config.yaml").write_text("phases: [{name: first, epochs: 1}]\n")
     state = PhaseState()
     state.phase("first")
     state.save(tmp_path / "run" / "phase_state.json")

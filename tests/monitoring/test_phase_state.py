@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.monitoring.phase_state import HISTORY_LIMIT, BestCheckpoint, PhaseState, load
+from ray_pipeline.monitoring.phase_state import HISTORY_LIMIT, BestCheckpoint, DamagedState, PhaseProgress, PhaseState, load
 
 
 def state_in_phase_two():
@@ -94,16 +94,17 @@ def test_failing_write_leaves_the_old_file_and_no_litter(tmp_path):
         (b"[]", "damaged"),
         (b'{"phases": {"phase1": {"stepp": 3}}}', r"phases\.phase1\.stepp"),
         (b'{"phases": {"phase1": {"status": "done"}}}', r"phases\.phase1\.status"),
+        (b'{"version": 2, "phases": {}}', "key version"),
     ],
 )
 def test_corrupt_file_is_named_with_what_to_do(tmp_path, content, found):
     path = tmp_path / "phase_state.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=found) as caught:
+    with pytest.raises(DamagedState, match=found) as caught:
         load(path)
     message = str(caught.value)
     assert str(path) in message
-    assert "move it away" in message
+    assert "`train --resume` rebuilds it" in message
     assert message.isascii()
     assert "\n" not in message
     assert path.read_bytes() == content
@@ -118,3 +119,18 @@ def test_a_folder_in_its_place_is_named(tmp_path):
 def test_a_wrong_status_is_refused_at_once():
     with pytest.raises(ValidationError, match="status"):
         PhaseState().phase("phase1").status = "done"
+
+
+@pytest.mark.parametrize(
+    ("status", "epochs", "done"), [("finished", 4, True), ("finished", 2, False), ("running", 4, False)]
+)
+def test_a_phase_is_done_when_it_finished_as_many_epochs_as_are_asked_for(status, epochs, done):
+    assert PhaseProgress(status=status, epochs=epochs).is_done(4) == done
+
+
+def test_a_file_from_before_there_were_versions_is_read(tmp_path):
+    state_in_phase_two().save(tmp_path / "phase_state.json")
+    text = json.loads((tmp_path / "phase_state.json").read_text())
+    assert text.pop("version") == 1
+    (tmp_path / "phase_state.json").write_text(json.dumps(text))
+    assert load(tmp_path / "phase_state.json").phase("phase1_unconditional").step == 400
