@@ -44,7 +44,7 @@ def read_run(run_dir: str | Path, expected: str = "the output_dir of a training"
     config = config.model_copy(update={"output_dir": str(run_dir)})
     found = read_state(config)
     if found.problem:
-        _warn(f"{found.problem}: what is told here was rebuilt from checkpoints and records")
+        _warn(f"{found.problem}; what is used here was rebuilt from checkpoints and records")
     return Run(config, found.state)
 
 
@@ -89,7 +89,8 @@ def read_state(config: Config) -> FoundState:
     try:
         state = phase_state.load(path)
     except phase_state.DamagedState as error:
-        return FoundState(rebuild(config), str(error))
+        problem, _, _ = str(error).rpartition("; ")  # without what to do, which is what happens here
+        return FoundState(rebuild(config), problem)
     if path.exists():
         return FoundState(state)
     rebuilt = rebuild(config)
@@ -110,7 +111,7 @@ def mend_state(config: Config) -> PhaseState:
         words = f"rebuilt from {count} checkpoints in {config.checkpoint_store} and from the records in logs"
         found.state.record("rebuilt", f"{path.name} was {words}")
         found.state.save(path)
-        _warn(f"{found.problem}: it was {words}{kept}")
+        _warn(f"{found.problem}; it was {words}{kept}")
     return found.state
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -125,11 +126,44 @@ def test_phase_two_begins_from_the_best_averaged_weights_of_phase_one(finished):
     assert second.state["init"] == store.path(best.checkpoint)
 
 
-def test_a_finished_run_is_left_alone_by_resume(finished, tiny_data, tiny_autoencoder, capsys):
+def test_a_finished_run_is_left_alone_by_resume(finished, tmp_path, tiny_autoencoder, capsys):
     before = weights(finished, "phase2_conditional")
-    assert train(tiny_data, tiny_autoencoder, finished, "--resume") == 0
+    assert train(tmp_path / "no_data", tiny_autoencoder, finished, "--resume") == 0
     assert_equal_bits(before, weights(finished, "phase2_conditional"))
-    assert "finished" in capsys.readouterr().out
+    assert "is finished, so there is nothing to resume" in capsys.readouterr().out
+
+
+def test_a_run_whose_state_was_damaged_between_the_phases_goes_on_to_equal_bits(
+    finished, tiny_data, tiny_autoencoder, tmp_path
+):
+    """Its records tell that the second phase was finished too, but there is no checkpoint of it."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("phase2_conditional*"))
+    state_file = out / "phase_state.json"
+    state_file.write_bytes(state_file.read_bytes()[:-100])
+    assert train(tiny_data, tiny_autoencoder, out, "--resume") == 0
+    assert (out / "phase_state.json.damaged").is_file()
+    assert [progress.status for progress in phase_state.load(state_file).phases.values()] == ["finished", "finished"]
+    assert_equal_bits(weights(finished, "phase2_conditional"), weights(out, "phase2_conditional"))
+    assert_equal_bits(snapshots(finished, "phase2_conditional"), snapshots(out, "phase2_conditional"))
+
+
+def test_a_finished_phase_that_gets_more_epochs_is_trained_on(finished, tiny_data, tiny_autoencoder, tmp_path, capsys):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = read_events(out, "phase2_conditional", "step")
+    longer = {"phases__1__epochs": 3}
+    assert train(tiny_data, tiny_autoencoder, out, "--resume", **longer) == 2
+    assert "phases.1.epochs: 2 -> 3" in capsys.readouterr().err
+    assert train(tiny_data, tiny_autoencoder, out, "--resume", "--allow-change", "phases.1.epochs", **longer) == 0
+    assert "phases.1.epochs: 2 -> 3 (the learning rate follows the cosine" in capsys.readouterr().out
+    steps = read_events(out, "phase2_conditional", "step")
+    assert steps[: len(before)] == before  # nothing was trained again
+    assert [record["step"] for record in steps] == list(range(1, 3 * len(before) // 2 + 1))
+    state = phase_state.load(out / "phase_state.json")
+    assert state.phase("phase2_conditional").is_done(3)
+    assert "phase2_conditional_epoch_003.ckpt" in state.phase("phase2_conditional").checkpoints
+    assert "phases.1.epochs: 2 -> 3" in [entry.message for entry in state.history if entry.event == "config"]
+    assert yaml.safe_load((out / "config.yaml").read_text())["phases"][1]["epochs"] == 3
 
 
 @pytest.mark.parametrize(

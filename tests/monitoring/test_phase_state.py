@@ -6,7 +6,14 @@ import pytest
 from pydantic import ValidationError
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.monitoring.phase_state import HISTORY_LIMIT, BestCheckpoint, DamagedState, PhaseProgress, PhaseState, load
+from ray_pipeline.monitoring.phase_state import (
+    HISTORY_LIMIT,
+    BestCheckpoint,
+    DamagedState,
+    PhaseProgress,
+    PhaseState,
+    load,
+)
 
 
 def state_in_phase_two():
