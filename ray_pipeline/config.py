@@ -104,11 +104,6 @@ class Config(Section):
         return self
 
     @property
-    def checkpoint_store(self) -> str:
-        """Path or URI under which the run's checkpoints lie."""
-        return self.checkpoint.store or f"{self.output_dir}/checkpoints"
-
-    @property
     def hint_names(self) -> tuple[str, ...]:
         """Every condition type that some phase uses, those of CONDITION_TYPES first, in their order."""
         used = {name for phase in self.phases for name in phase.condition_types}

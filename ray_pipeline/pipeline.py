@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ray_pipeline import estimate
-from ray_pipeline.checkpoints import CheckpointStore, open_checkpoint
+from ray_pipeline.checkpoints import CheckpointStore, DamagedCheckpoint, open_checkpoint
 from ray_pipeline.config import Config
 from ray_pipeline.data import encode as encoding
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
@@ -34,6 +34,7 @@ from ray_pipeline.resume import open_run
 from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder
 from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
+from ray_pipeline.training.retention import best_of
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
 
 
@@ -204,7 +205,7 @@ def train(
                 phase=index,
                 run_dir=config.output_dir,
                 latents=prepared.job.store,
-                init=initial_weights(config, index, state),
+                init=initial_weights(config, index),
             )
             run_phase(config, job)
     return start.run_dir
@@ -227,8 +228,8 @@ def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def initial_weights(config: Config, index: int, state: PhaseState) -> str | None:
-    """Checkpoint folder that phase `index` begins from: phases[].init, else the best of the phase before."""
+def initial_weights(config: Config, index: int) -> str | None:
+    """Checkpoint folder that phase `index` begins from: phases[].init, else the best whole one of the phase before."""
     phase = config.phases[index]
     if phase.init:
         open_checkpoint(phase.init)
@@ -236,13 +237,20 @@ def initial_weights(config: Config, index: int, state: PhaseState) -> str | None
     if index == 0:
         return None
     before = config.phases[index - 1].name
-    best = state.phase(before).best
-    if best is None:
-        raise UserError(
-            f"phase {phase.name} begins from the best checkpoint of {before}, but {config.output_dir} has none; "
-            f"train {before} first, or set phases.{index}.init to a checkpoint folder"
-        )
-    return CheckpointStore(config.checkpoint_store).path(best.checkpoint)
+    store = CheckpointStore(config.checkpoint_store)
+    whole = {checkpoint.name: checkpoint for checkpoint in store.checkpoints(before)}
+    while best := best_of({name: checkpoint.state for name, checkpoint in whole.items()}):
+        try:
+            whole[best.checkpoint].verify()
+        except DamagedCheckpoint as error:
+            warnings.warn(f"{error}; phase {phase.name} begins from the next best one of {before}", stacklevel=2)
+            del whole[best.checkpoint]
+            continue
+        return store.path(best.checkpoint)
+    raise UserError(
+        f"phase {phase.name} begins from the best checkpoint of {before}, but {store.root} has none; train {before} "
+        f"first, or set phases.{index}.init to a checkpoint folder"
+    )
 
 
 def dry_run(config: Config) -> str:

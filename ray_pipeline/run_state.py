@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,12 +14,11 @@ from ray_pipeline.config import Config, load_config, parse_config
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
-from ray_pipeline.monitoring.phase_state import BestCheckpoint, HistoryEntry, PhaseProgress, PhaseState
+from ray_pipeline.monitoring.phase_state import HistoryEntry, PhaseProgress, PhaseState
+from ray_pipeline.training.retention import best_of
 
 CONFIG_FILE = "config.yaml"
 DAMAGED = ".damaged"
-#: kinds of checkpoints that an epoch's end made, with a validation of its own; the others are of any step
-_SCORED = ("epoch", "best", "last")
 
 
 @dataclass(frozen=True)
@@ -168,22 +166,9 @@ def _history(event: Mapping) -> HistoryEntry:
     return HistoryEntry(time=event["time"], event=event["status"], message=f"{event['phase']}: {event['message']}")
 
 
-def best_of(states: Mapping[str, Mapping]) -> BestCheckpoint | None:
-    """The best of checkpoints {name: state} by what they say of themselves; the earlier of equals."""
-    scored = {
-        name: state
-        for name, state in states.items()
-        if state.get("kind") in _SCORED and math.isfinite(state.get("val_loss") or math.nan)
-    }
-    if not scored:
-        return None
-    name = min(scored, key=lambda name: (scored[name]["val_loss"], scored[name]["step"]))
-    return BestCheckpoint(checkpoint=name, val_loss=scored[name]["val_loss"], epoch=scored[name]["epoch"])
-
-
 def _states(store: CheckpointStore) -> dict[str, dict]:
     """What each committed checkpoint says of itself, by phase and position."""
-    return {name: store.load(name).state for name in store.names()}
+    return {checkpoint.name: checkpoint.state for checkpoint in store.checkpoints()}
 
 
 def committed(config: Config) -> dict[str, list[str]]:
