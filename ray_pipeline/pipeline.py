@@ -26,7 +26,6 @@ from ray_pipeline.data.sources.simulate import simulate
 from ray_pipeline.data.verify import Comparison, compare_sample
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
-from ray_pipeline.monitoring.phase_state import PhaseState
 from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.monitoring.tile_grid import Window, sample_grid
 from ray_pipeline.ray_session import ray_session
