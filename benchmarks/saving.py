@@ -1,0 +1,175 @@
+"""Time that training loses to saving, of a save every 5 minutes, and the memory that it takes: DiT-B/8 by default.
+
+    python benchmarks/saving.py
+    python benchmarks/saving.py --architecture DiT-S/8 --saves 2
+
+One process trains on one batch as benchmarks/step.py does and saves now and then. Lost is how long it stands still for a
+save, and how much longer than others the steps take while it is written. Steps before and after a save are compared in
+one run; resident memory is looked at by a thread. Nothing else should run on the machine; 12 GB of memory. Exits 1 at
+2 % or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from ray_pipeline.checkpoints import CheckpointStore
+from ray_pipeline.config import load_config
+from ray_pipeline.data.mixture import Member, Mixture
+from ray_pipeline.data.plan import SamplePlan
+from ray_pipeline.training.build import make_edm, make_network, make_state, precision, prepare_torch
+from ray_pipeline.training.loss import TrainingLoss
+from ray_pipeline.training.saving import Save, Saver
+from ray_pipeline.training.setup import PhaseRun
+from ray_pipeline.training.step import MicroBatch, optimize
+
+SECONDS_BETWEEN_SAVES = 300
+MOST_LOST = 0.02
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Lost:
+    """Of one save: seconds of standing still, seconds until it was committed, and the steps that ran meanwhile."""
+
+    stood_still: float
+    written: float
+    steps: list[float]
+
+    def seconds(self, usual: float) -> float:
+        """Seconds that training lost, given how long a step takes otherwise."""
+        return self.stood_still + sum(step - usual for step in self.steps)
+
+
+@dataclass
+class Memory:
+    """Resident bytes of this process, looked at all the time."""
+
+    highest: int = 0
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def watched(self) -> Iterator[Memory]:
+        """Within, `highest` grows with what this process holds."""
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._ended.wait(0.02):
+            self.highest = max(self.highest, process.memory_info().rss)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", default="DiT-B/8")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--saves", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="timed steps without a save, before each one")
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    arguments = parser.parse_args()
+    run, batches = open_run(arguments)
+    quiet, saves, before, during = [], [], 0, 0
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, Saver() as saver:
+        store = CheckpointStore(folder)
+        timed_step(run, batches)  # the first one also makes the optimizer's state
+        for number in range(arguments.saves):
+            with Memory().watched() as memory:
+                quiet += [timed_step(run, batches) for _ in range(arguments.steps)]
+            before = max(before, memory.highest)
+            with Memory().watched() as memory:
+                saves.append(save_while_training(run, batches, saver, store, f"{run.phase.name}_epoch_{number:03d}"))
+            during = max(during, memory.highest)
+            print_save(number, saves[-1], statistics.median(quiet))
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / arguments.saves
+    usual = statistics.median(quiet)
+    lost = statistics.median(save.seconds(usual) for save in saves) / SECONDS_BETWEEN_SAVES
+    print(f"{arguments.architecture}, batch {arguments.batch} in {precision(run.config, 'cpu')}, on {os.cpu_count()} cores")
+    print(f"a step takes {usual:.3f} s, a checkpoint has {size / 2**20:.0f} MiB")
+    print(f"lost to a save every {SECONDS_BETWEEN_SAVES} s: {lost:.2%} of training time (at most {MOST_LOST:.0%})")
+    print(f"resident memory: {before / 2**20:.0f} MiB in training, at most {during / 2**20:.0f} MiB during a save, "
+          f"{(during - before) / size:.2f} checkpoints more")  # fmt: skip
+    return 0 if lost < MOST_LOST else 1
+
+
+def print_save(number: int, save: Lost, usual: float) -> None:
+    steps = " ".join(f"{step:.2f}" for step in save.steps)
+    print(
+        f"save {number + 1}: {save.stood_still:.2f} s still, written after {save.written:.1f} s; steps meanwhile {steps} "
+        f"s, otherwise {usual:.2f} s; lost {save.seconds(usual):.2f} s",
+        flush=True,
+    )
+
+
+def save_while_training(
+    run: PhaseRun, batches: list[MicroBatch], saver: Saver, store: CheckpointStore, name: str
+) -> Lost:
+    """Save as rank 0 does and train on until it is committed."""
+    state = {"phase": run.phase.name, "step": run.state.step, "position": run.state.step * run.plan.global_batch}
+    started = time.perf_counter()
+    saver.submit(Save(store, name, run.state.groups(), state, {}))
+    stood_still, steps = time.perf_counter() - started, []
+    while not (outcomes := saver.outcomes()):
+        steps.append(timed_step(run, batches))
+    if outcomes[0].error is not None:
+        raise SystemExit(f"{name} was not saved: {outcomes[0].error}")
+    return Lost(stood_still, outcomes[0].seconds, steps)
+
+
+def timed_step(run: PhaseRun, batches: list[MicroBatch]) -> float:
+    """Seconds of one optimizer step."""
+    started = time.perf_counter()
+    optimize(run, run.state.step, batches)
+    return time.perf_counter() - started
+
+
+def open_run(arguments: argparse.Namespace) -> tuple[PhaseRun, list[MicroBatch]]:
+    """A phase of configs/microscopy.yaml without data, checkpoints and records, and a batch for every step."""
+    size = arguments.batch
+    values = {
+        "model.architecture": arguments.architecture,
+        "model.hidden_size": "null",
+        "train.batch_size": size,
+        "train.global_batch": size,
+        "ema.start_step": 0,
+    }
+    config = load_config(ROOT / "configs" / "microscopy.yaml", [f"{key}={value}" for key, value in values.items()])
+    prepare_torch(config, torch.device("cpu"), local_workers=1)
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(config.seed)
+    phase, edm = config.phases[0], make_edm(config)
+    state = make_state(config, make_network(config, phase))
+    plan = SamplePlan(1000, size, config.seed, phase.name)
+    run = PhaseRun(
+        job=None, config=config, phase=phase, rank=0, world_size=1, device=torch.device("cpu"), edm=edm,
+        mixture=Mixture((Member("rows", 0, 1000, None, simulated=False),), plan), train_store=None, val_store=None,
+        source=None, val_rows=None, val_simulated=np.zeros(0, bool), checkpoints=None, newest=None, state=state,
+        model=TrainingLoss(edm, state.network, state.uncertainty),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (size, 4, 64, 64)
+    x0, noise = (scale * torch.randn(shape, generator=generator) for scale in (config.scheduler.sigma_data, 1.0))
+    return run, [MicroBatch(x0=x0, noise=noise, z=torch.randn(size, generator=generator), hints=None, mask=None)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
