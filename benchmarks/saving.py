@@ -3,10 +3,9 @@
     python benchmarks/saving.py
     python benchmarks/saving.py --architecture DiT-S/8 --saves 2
 
-One process trains on one batch as benchmarks/step.py does and saves now and then. Lost is how long it stands still for a
-save, and how much longer than others the steps take while it is written. Steps before and after a save are compared in
-one run; resident memory is looked at by a thread. Nothing else should run on the machine; 12 GB of memory. Exits 1 at
-2 % or more.
+One process trains on one batch as benchmarks/step.py does and saves now and then. Lost is how long it stands still for
+a save, and how much longer than those before it the steps take while it is written, in one run; resident memory is
+looked at by a thread. Nothing else should run on the machine; 12 GB of memory. Exits 1 at 2 % or more.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
@@ -34,7 +32,7 @@ from ray_pipeline.data.plan import SamplePlan
 from ray_pipeline.training.build import make_edm, make_network, make_state, precision, prepare_torch
 from ray_pipeline.training.loss import TrainingLoss
 from ray_pipeline.training.saving import Save, Saver
-from ray_pipeline.training.setup import PhaseRun
+from ray_pipeline.training.setup import PhaseRun, Start
 from ray_pipeline.training.step import MicroBatch, optimize
 
 SECONDS_BETWEEN_SAVES = 300
@@ -103,7 +101,8 @@ def main() -> int:
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / arguments.saves
     usual = statistics.median(quiet)
     lost = statistics.median(save.seconds(usual) for save in saves) / SECONDS_BETWEEN_SAVES
-    print(f"{arguments.architecture}, batch {arguments.batch} in {precision(run.config, 'cpu')}, on {os.cpu_count()} cores")
+    how = f"in {precision(run.config, 'cpu')} on {os.cpu_count()} cores"
+    print(f"{arguments.architecture}, batch {arguments.batch} {how}")
     print(f"a step takes {usual:.3f} s, a checkpoint has {size / 2**20:.0f} MiB")
     print(f"lost to a save every {SECONDS_BETWEEN_SAVES} s: {lost:.2%} of training time (at most {MOST_LOST:.0%})")
     print(f"resident memory: {before / 2**20:.0f} MiB in training, at most {during / 2**20:.0f} MiB during a save, "
@@ -114,8 +113,8 @@ def main() -> int:
 def print_save(number: int, save: Lost, usual: float) -> None:
     steps = " ".join(f"{step:.2f}" for step in save.steps)
     print(
-        f"save {number + 1}: {save.stood_still:.2f} s still, written after {save.written:.1f} s; steps meanwhile {steps} "
-        f"s, otherwise {usual:.2f} s; lost {save.seconds(usual):.2f} s",
+        f"save {number + 1}: {save.stood_still:.2f} s still, written after {save.written:.1f} s; steps meanwhile "
+        f"{steps} s, otherwise {usual:.2f} s; lost {save.seconds(usual):.2f} s",
         flush=True,
     )
 
@@ -162,8 +161,8 @@ def open_run(arguments: argparse.Namespace) -> tuple[PhaseRun, list[MicroBatch]]
     run = PhaseRun(
         job=None, config=config, phase=phase, rank=0, world_size=1, device=torch.device("cpu"), edm=edm,
         mixture=Mixture((Member("rows", 0, 1000, None, simulated=False),), plan), train_store=None, val_store=None,
-        source=None, val_rows=None, val_simulated=np.zeros(0, bool), checkpoints=None, newest=None, state=state,
-        model=TrainingLoss(edm, state.network, state.uncertainty),
+        source=None, val_rows=None, val_simulated=None, checkpoints=None, start=Start(), newest=None,
+        state=state, model=TrainingLoss(edm, state.network, state.uncertainty),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(config.seed)
     shape = (size, 4, 64, 64)

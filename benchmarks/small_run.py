@@ -50,6 +50,18 @@ def prepare(
     return config, made.tiles["train"]
 
 
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's workers among the descendants of this process alone: others may run Ray on this machine."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return found
+
+
 @dataclass(frozen=True, order=True)
 class Place:
     """A step (from 1) of a phase (from 0) that is done."""
@@ -124,16 +136,8 @@ class SmallRun:
         return value
 
     def workers(self) -> list[psutil.Process]:
-        """Training processes of the attempt that runs now: descendants of this process alone, for others may run Ray
-        on this machine."""
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            try:
-                if "RayTrainWorker" in " ".join(process.cmdline()) and process not in self.superseded:
-                    found.append(process)
-            except psutil.Error:  # it ended meanwhile
-                continue
-        return found
+        """Training processes of the attempt that runs now."""
+        return [process for process in train_workers() if process not in self.superseded]
 
     def writer(self) -> psutil.Process | None:
         """Rank 0 of the attempt that runs now: the one that has the records open."""
