@@ -350,7 +350,7 @@ class MadeRun:
                 if progress.best is None or loss < progress.best.val_loss:
                     progress.best = phase_state.BestCheckpoint(checkpoint=name, val_loss=loss, epoch=epoch)
                 progress.last, progress.checkpoints = name, [*progress.checkpoints, name]
-                events.emit(CheckpointEvent(phase, step, epoch, name, "epoch", 0.1))
+                events.emit(CheckpointEvent(phase, step, epoch, name, "epoch", 0.1, 0.2))
                 state.record("checkpoint", f"{name} (epoch)")
             if finish:
                 tell("finished", progress.step)

@@ -148,17 +148,3 @@ def test_data_whose_simulation_was_cut_off_is_simulated_again(tmp_path):
     (tmp_path / "foundation" / "simulated" / "manifests").mkdir(parents=True)
     prepare_data(config)
     assert (tmp_path / "foundation" / "simulated" / "manifests" / "manifest.csv").is_file()
-
-
-def test_a_best_checkpoint_that_phase_state_forgot_is_found_again(tmp_path):
-    import torch
-
-    from ray_pipeline.checkpoints import CheckpointStore
-    from ray_pipeline.training.records import best_of
-
-    store = CheckpointStore(tmp_path)
-    for epoch, loss, kind in ((1, 0.9, "epoch"), (2, 0.7, "best"), (3, 0.8, "last"), (4, 0.1, "safety")):
-        state = {"phase": "p", "step": epoch, "position": epoch, "epoch": epoch, "kind": kind, "val_loss": loss}
-        store.save(f"p_epoch_{epoch:03d}", {"model": {"w": torch.zeros(1)}}, state)
-    best = best_of(store, store.names("p"))
-    assert (best.checkpoint, best.val_loss, best.epoch) == ("p_epoch_002.ckpt", 0.7, 2)

@@ -117,7 +117,7 @@ def test_every_event_is_one_strict_json_line_and_reads_back(tmp_path):
         step_event(1, loss=np.float32(0.5)),
         ValidationEvent("phase1", 2, 16, 1, 0.75, 0.01, {"0.1": 0.5, "10": 0.25}, "ema_decay_0.9999"),
         SampleEvent("phase1", 2, 1, "samples/phase1/samples_epoch_001.png"),
-        CheckpointEvent("phase1", 2, 1, "phase1_epoch_001.ckpt", "epoch", 1.5),
+        CheckpointEvent("phase1", 2, 1, "phase1_epoch_001.ckpt", "epoch", 1.5, 2.5),
     ]
     with EventLog(tmp_path, "phase1", tensorboard=False) as log:
         for event in events:

@@ -25,7 +25,7 @@ def write_run(run_dir, losses, validated=True, ema=("ema_decay_0.9999",)):
                 for track in ema:
                     levels = {"0.1": 2 * loss, "10": 0.1 * loss}
                     log.emit(ValidationEvent("phase1", step, 8 * step, epoch, loss, 0.01, levels, track))
-                log.emit(CheckpointEvent("phase1", step, epoch, f"step_{step}", "epoch", 0.5))
+                log.emit(CheckpointEvent("phase1", step, epoch, f"step_{step}", "epoch", 0.5, 0.6))
             if step == 15:
                 log.emit(PhaseEvent("phase1", "resumed", step, "attempt 2"))
     return read_events(run_dir, "phase1")

@@ -178,7 +178,7 @@ def save(tmp_path, header_for):
 
     def save(state, phase="prior"):
         header = header_for(state.network, phase=phase, step=state.step, ema=state.ema and state.ema.group)
-        about = {"phase": phase, "step": state.step, "weights": header.model_dump(mode="json")}
+        about = {"phase": phase, "step": state.step, "skipped": [], "weights": header.model_dump(mode="json")}
         store = CheckpointStore(tmp_path / "checkpoints")
         return store.load(store.save(f"{phase}_{state.step}", state.groups(), about, header.metadata()))
 

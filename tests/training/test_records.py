@@ -1,0 +1,207 @@
+"""What rank 0 does about its checkpoints and records while the storage refuses, and what it keeps."""
+
+import json
+import math
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ray_pipeline.attempts import Superseded
+from ray_pipeline.checkpoints import CheckpointStore
+from ray_pipeline.config import parse_config
+from ray_pipeline.data.mixture import make_mixture
+from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.training.build import make_edm, make_network, make_state
+from ray_pipeline.training.loss import TrainingLoss
+from ray_pipeline.training.records import PhaseRecords
+from ray_pipeline.training.retention import obsolete_names
+from ray_pipeline.training.setup import PhaseJob, PhaseRun, Start
+from ray_pipeline.training.validation import Validation
+
+MODEL = {
+    "latent_size": 8, "architecture": "custom", "depth": 1, "hidden_size": 64, "num_heads": 2, "patch_size": 4,
+}  # fmt: skip
+
+
+@contextmanager
+def full_disk():
+    """Within, this process can write no file of more than 20 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def run(tmp_path, write_latents):
+    """A phase of 4 epochs of 4 steps on one worker, under its first attempt, that keeps its epoch 2."""
+    values = np.random.default_rng(5).normal(size=(16, 1, 1, 4, 8, 8)).astype(np.float16)
+    store = write_latents(tmp_path / "store", values)
+    config = parse_config({
+        "phases": [{"name": "prior", "epochs": 4, "epochs_to_save": [2]}],
+        "model": MODEL,
+        "data": {"tile_size": 64},
+        "train": {"batch_size": 4, "global_batch": 4, "precision": "fp32"},
+        "monitoring": {"tensorboard": False, "plot_loss": False, "plot_lr": False, "plot_samples": False},
+        "checkpoint": {"every_minutes": None},
+        "ema": {"power_stds": []},
+        "output_dir": str(tmp_path / "run"),
+    })  # fmt: skip
+    torch.manual_seed(0)
+    network = make_network(config, config.phases[0])
+    state, edm = make_state(config, network), make_edm(config)
+    checkpoints = CheckpointStore(config.checkpoint_store)
+    attempt = checkpoints.begin("prior", 1)
+    attempt.update(start_step=0)
+    return PhaseRun(
+        job=PhaseJob(config.dump(), 0, str(tmp_path / "run"), str(store.folder), None),
+        config=config,
+        phase=config.phases[0],
+        rank=0,
+        world_size=1,
+        device=torch.device("cpu"),
+        train_store=store,
+        val_store=store,
+        source=store,
+        mixture=make_mixture(config, config.phases[0], store.datasets, "store"),
+        val_rows=np.arange(4),
+        val_simulated=np.zeros(4, bool),
+        checkpoints=checkpoints,
+        start=Start(attempt=attempt.number),
+        newest=None,
+        edm=edm,
+        state=state,
+        model=TrainingLoss(edm, network, state.uncertainty),
+    )
+
+
+def validated(records, loss):
+    """An epoch's validation with this loss; whether it is the best so far."""
+    return records.validation(Validation(np.full((2, 1), loss), torch.tensor([1.0])), epoch_end=True)
+
+
+def committed(run):
+    return [run.checkpoints.load(name).state["step"] for name in run.checkpoints.names("prior")]
+
+
+def told(run, event):
+    return read_events(run.job.run_dir, "prior", event)
+
+
+def test_only_the_epochs_to_save_the_best_and_the_last_are_kept(run):
+    with PhaseRecords(run) as records:
+        for epoch, loss in ((1, 0.5), (2, 0.7), (3, 0.8), (4, 0.9)):
+            run.state.step = 4 * epoch
+            assert validated(records, loss) == (epoch == 1)
+            records.save("epoch" if epoch == 2 else "last", epoch=epoch)
+            assert records.saver.drain(60)
+            records.after_step(save=False)
+        assert committed(run) == [4, 8, 16]
+        assert records.progress.best.epoch == 1
+        assert records.progress.last == "prior_epoch_004.ckpt"
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(run):
+    with PhaseRecords(run) as records:
+        run.state.step = 4
+        assert not validated(records, math.nan)
+        records.save("last", epoch=1)
+        run.state.step = 8
+        assert validated(records, 0.9)
+        assert records.saver.drain(60)
+
+
+def test_what_is_kept_of_saves_that_end_no_epoch_is_the_newest():
+    phase = parse_config({"phases": [{"name": "p", "epochs": 4, "epochs_to_save": [2]}]}).phases[0]
+    states = {
+        "p_epoch_001.ckpt": {"kind": "best", "val_loss": 0.5, "step": 4, "epoch": 1},
+        "p_step_00000006.ckpt": {"kind": "safety", "val_loss": 0.1, "step": 6, "epoch": 2},
+        "p_epoch_002.ckpt": {"kind": "epoch", "val_loss": 0.7, "step": 8, "epoch": 2},
+        "p_step_00000010.ckpt": {"kind": "stop", "val_loss": 0.2, "step": 10, "epoch": 3},
+    }
+    assert obsolete_names(phase, states, "p_step_00000010.ckpt") == ("p_step_00000006.ckpt",)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_training_goes_on_while_the_disk_is_full_and_nothing_committed_is_lost(run, background):
+    run.config = run.config.model_copy(
+        update={"checkpoint": run.config.checkpoint.model_copy(update={"background": background})}
+    )
+    with PhaseRecords(run) as records:
+        run.state.step = 4
+        validated(records, 0.9)
+        records.save("best", epoch=1)
+        assert records.saver.drain(60)
+        records.after_step(save=False)
+        with full_disk():
+            run.state.step = 6
+            records.save("safety")
+            records.saver.drain(0.5)
+            records.after_step(save=False)
+            assert committed(run) == [4]
+        faults = told(run, "fault")
+        assert [record["kind"] for record in faults] == ["save"]
+        assert "prior_step_00000006.ckpt" in faults[0]["message"]
+        assert "File too large" in faults[0]["message"]
+        run.state.step = 16
+        records.finish()
+    assert committed(run)[-1] == 16
+    assert 4 in committed(run)
+    assert phase_state.load(Path(run.job.run_dir, "phase_state.json")).phase("prior").status == "finished"
+
+
+def test_records_that_a_full_disk_refused_are_written_once_there_is_room(run):
+    with PhaseRecords(run) as records:
+        run.state.step = 2
+        with full_disk():
+            for number in range(200):
+                records.fault("test", f"message {number} " + "x" * 200)
+        records.fault("test", "the last one")
+    messages = [record["message"].split(" x")[0] for record in told(run, "fault")]
+    expected = [f"message {number}" for number in range(200)] + ["the last one"]
+    assert [words for words in messages if "phase_state.json" not in words] == expected
+    for line in Path(run.job.run_dir, "logs", "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_a_stop_commits_the_step_it_is_at_and_no_step_twice(run):
+    with PhaseRecords(run) as records:
+        run.state.step = 3
+        records.stop("SIGTERM")
+        assert committed(run) == [3]
+        records.stop("SIGTERM")
+        assert committed(run) == [3]
+    state = phase_state.load(Path(run.job.run_dir, "phase_state.json"))
+    assert state.phase("prior").status == "stopped"
+    assert "stopped after step 3 of 16 (SIGTERM)" in state.history[-1].message
+
+
+def test_a_superseded_worker_writes_neither_checkpoint_nor_state(run):
+    with PhaseRecords(run) as records:
+        run.state.step = 3
+        before = Path(run.job.run_dir, "phase_state.json").read_bytes()
+        CheckpointStore(run.config.checkpoint_store).begin("prior", 1)
+        with pytest.raises(Superseded):
+            records.stop("SIGTERM")
+    assert committed(run) == []
+    assert Path(run.job.run_dir, "phase_state.json").read_bytes() == before
+
+
+def test_what_earlier_attempts_left_behind_goes_with_the_first_commit(run):
+    folder = Path(run.checkpoints.path("prior_step_00000002"))
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"half of it")
+    with PhaseRecords(run) as records:
+        assert folder.exists()
+        run.state.step = 4
+        records.save("safety")
+        assert records.saver.drain(60)
+    assert not folder.exists()
+    assert committed(run) == [4]
