@@ -122,7 +122,8 @@ def test_latents_without_an_attempt_are_no_run_and_an_attempt_is(make_run):
     assert not open_run(changed(run.config, seed=7), resume=True).begun
     claimed = run.folder / "checkpoints" / "attempts" / "attempt_000001.json"
     claimed.parent.mkdir(parents=True)
-    claimed.write_text("{}")
+    record = {"attempt": 1, "phase": "one", "world_size": 1, "began": "now", "host": "here", "pid": 1, "token": "a"}
+    claimed.write_text(json.dumps(record))
     assert "holds a run already" in refusal(run.config, resume=False)
     assert "seed: 0 -> 7" in refusal(changed(run.config, seed=7))
     assert open_run(changed(run.config, seed=7), resume=True, allow=["seed"]).begun
