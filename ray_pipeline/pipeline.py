@@ -30,10 +30,10 @@ from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.monitoring.tile_grid import Window, sample_grid
 from ray_pipeline.ray_session import ray_session
 from ray_pipeline.resume import open_run
+from ray_pipeline.retention import best_of
 from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder
 from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
-from ray_pipeline.training.retention import best_of
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
 
 

@@ -15,7 +15,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
 from ray_pipeline.monitoring.phase_state import HistoryEntry, PhaseProgress, PhaseState
-from ray_pipeline.training.retention import best_of
+from ray_pipeline.retention import best_of
 
 CONFIG_FILE = "config.yaml"
 DAMAGED = ".damaged"

@@ -104,8 +104,8 @@ def read_tensors(file: Readable, size: int) -> tuple[dict[str, Tensor], str]:
             raise ValueError(f"tensor {name} is cut short")
         digest.update(view)
         tensors[name], place = tensor, end
-    if place != size - 8 - length:
-        raise ValueError(f"{size - 8 - length - place} bytes behind the last tensor")
+    if place != size - 8 - length or file.read(1):
+        raise ValueError("there are bytes behind the last tensor")
     return tensors, digest.hexdigest()
 
 

@@ -9,8 +9,8 @@ import pytest
 from ray_pipeline.cli import main
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring import phase_state
+from ray_pipeline.retention import best_of
 from ray_pipeline.run_state import mend_state, read_run, read_state, rebuild
-from ray_pipeline.training.retention import best_of
 
 
 @pytest.fixture

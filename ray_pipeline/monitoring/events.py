@@ -216,7 +216,8 @@ class _JsonLines:
         self._write(self.kept + line.encode("ascii"))
 
     def close(self) -> None:
-        self._write(self.kept)
+        if self.kept and not self.file.closed:
+            self._write(self.kept)
         self.file.close()
         if self.kept:
             raise OSError(f"the last {len(self.kept)} bytes of records could not be written")

@@ -23,6 +23,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from ray_pipeline.config import Config
 from ray_pipeline.errors import RunStopped, UserError, find_user_error
+from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import metrics_path
 from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.training.phase import train_phase
@@ -241,12 +242,21 @@ def _follow(path: Path, offset: int, phase: str, global_batch: int, stopped: thr
             if record.get("phase") != phase:
                 continue
             if progress is None and record["event"] == "phase":
-                steps = json.loads(state_file.read_bytes())["phases"][phase]["steps"] if state_file.exists() else None
-                progress = Progress(steps, phase, start=record["step"], samples_per_unit=global_batch)
+                progress = Progress(
+                    _steps(state_file, phase), phase, start=record["step"], samples_per_unit=global_batch
+                )
             elif progress is not None:
                 _show(progress, record)
     if progress is not None:
         progress.close()
+
+
+def _steps(state_file: Path, phase: str) -> int | None:
+    """Steps of the phase, unknown while the file is damaged: the worker that mends it goes on meanwhile."""
+    try:
+        return phase_state.load(state_file).phase(phase).steps
+    except phase_state.DamagedState:
+        return None
 
 
 def _show(progress: Progress, record: dict) -> None:

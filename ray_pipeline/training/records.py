@@ -14,9 +14,10 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.models.weights import LatentsHeader, WeightsHeader
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import CheckpointEvent, EventLog, FaultEvent, PhaseEvent, ValidationEvent
+from ray_pipeline.retention import best_of, checkpoint_name, obsolete_names
+from ray_pipeline.run_state import mend_state
 from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
 from ray_pipeline.training.pictures import draw_progress
-from ray_pipeline.training.retention import best_of, checkpoint_name, obsolete_names
 from ray_pipeline.training.saving import Outcome, Save, Saver, fits_in_memory
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.snapshots import snapshot
@@ -39,8 +40,8 @@ class PhaseRecords:
 
     def __init__(self, run: PhaseRun, tell: Callable[[int, str], None] | None = None):
         self.run, self.tell = run, tell
-        self.state_file = Path(run.job.run_dir) / "phase_state.json"
-        self.state = phase_state.load(self.state_file)
+        self.state_file = Path(run.job.run_dir, phase_state.FILE)
+        self.state = mend_state(run.config)
         self.progress = self.state.phase(run.phase.name)
         self.events = EventLog(
             run.job.run_dir,

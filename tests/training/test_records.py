@@ -16,10 +16,10 @@ from ray_pipeline.config import parse_config
 from ray_pipeline.data.mixture import make_mixture
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.retention import obsolete_names
 from ray_pipeline.training.build import make_edm, make_network, make_state
 from ray_pipeline.training.loss import TrainingLoss
 from ray_pipeline.training.records import PhaseRecords
-from ray_pipeline.training.retention import obsolete_names
 from ray_pipeline.training.setup import PhaseJob, PhaseRun, Start
 from ray_pipeline.training.validation import Validation
 

@@ -58,6 +58,7 @@ def make_run(tmp_path, write_latents):
             "optimizer": {"lr": 1e-2},
             "monitoring": {"tensorboard": False, "plot_loss": False, "plot_lr": False, "plot_samples": False},
             "ema": EMA | ema,
+            "output_dir": str(tmp_path / "run"),
         })  # fmt: skip
         torch.manual_seed(0)
         network = make_network(config, config.phases[0])

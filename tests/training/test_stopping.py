@@ -28,7 +28,7 @@ def config_of(**settings):
 def attend(folder: Path, loop: Callable, board=None, **settings) -> None:
     """Run `loop(job, folder)` in Train workers as a phase is run."""
     config, board = config_of(**settings), board or open_board()
-    trainer = make_trainer(config, PhaseJob({}, 0, 1, str(folder), "", None, stop=board))
+    trainer = make_trainer(config, PhaseJob({}, 0, str(folder), "", None, stop=board))
     trainer.train_loop_per_worker = lambda job: loop(job["stop"], folder)
     Attendance(config, board).attend(trainer)
 
@@ -243,7 +243,7 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_
 cluster.add_node(num_cpus=2)
 ray.init(address=cluster.address, log_to_driver=False)
 config, board = parse_config({"phases": [{"name": "one", "epochs": 1}]}), open_board()
-trainer = make_trainer(config, PhaseJob({}, 0, 1, tempfile.mkdtemp(), "", None, stop=board))
+trainer = make_trainer(config, PhaseJob({}, 0, tempfile.mkdtemp(), "", None, stop=board))
 trainer.train_loop_per_worker = loop
 run = threading.Thread(target=Attendance(config, board).attend, args=(trainer,))
 run.start()
