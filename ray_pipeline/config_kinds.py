@@ -65,6 +65,7 @@ JUDGED = (
     ),
     Rule(Kind.HARMLESS, "says whether a store is taken, not what is in it", ("data.max_rejected",)),
     Rule(Kind.HARMLESS, "this version has no sweep", ("sweep.enabled",)),
+    Rule(Kind.HARMLESS, "when the run goes back or gives up", ("train.max_skipped_steps",)),
     Rule(
         Kind.TRAINING,
         "which samples there are, and their order",
