@@ -31,12 +31,13 @@ def ray_session(settings: RayConfig, *, more_cpus: float = 0.0, verbose: bool = 
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = settings.address
     if address == "auto":
         address = "auto" if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID") else "local"
+    if address != "local" or settings.dashboard:  # for the dashboard's page of Train alone
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     try:
         with nullcontext() if verbose else _silent_stderr():

@@ -250,10 +250,30 @@ def test_a_value_of_the_wrong_kind_is_refused_by_the_path_of_its_key_alone(tree,
         ({"model": {"latent_size": 60}, "data": {"tile_size": 480}}, "60 is not a multiple of the patch size 8"),
         ({"scheduler": {"sigma_min": 90.0}}, "sigma_min 90.0 must lie below sigma_max 80.0"),
         ({"train": {"global_batch": 2}, "ray": {"num_workers": 3}}, "ray.num_workers 3 exceeds train.global_batch 2"),
+        ({"train": {"global_batch": 2}, "ray": {"num_workers": [1, 3]}}, "num_workers 3 exceeds train.global_batch 2"),
+        (
+            {"data": {"mode": "tiles"}, "ray": {"num_workers": [1, 3]}},
+            "num_workers [1, 3] may change, but in data.mode",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused(tree, said):
     assert said in refusal(PHASES | tree)
+
+
+@pytest.mark.parametrize("workers", [0, -1, True, "two", 1.5, [], [1], [2, 1], [0, 2], [1, 2, 3], [1, True]])
+def test_a_number_of_workers_is_a_positive_one_or_two_that_rise(workers):
+    message = refusal({**PHASES, "ray": {"num_workers": workers}})
+    assert "ray.num_workers: expected" in message
+    assert "; " not in message
+
+
+@pytest.mark.parametrize(("workers", "bounds"), [(3, (3, 3, False)), ([2, 8], (2, 8, True)), ([2, 2], (2, 2, True))])
+def test_the_bounds_of_the_workers_survive_yaml(tmp_path, workers, bounds):
+    path = tmp_path / "config.yaml"
+    path.write_text(parse_config({**PHASES, "ray": {"num_workers": workers}}).to_yaml())
+    ray = load_config(path).ray
+    assert (ray.min_workers, ray.max_workers, ray.elastic) == bounds
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import ray
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.mixture import Mixture
@@ -34,8 +35,9 @@ _MIN_CHUNKS = 8
 #: chunks whose numbers one Ray task tells; every chunk is gathered by a task of its own, so that all actors have work
 _TASK_CHUNKS = 64
 
-#: logical CPUs of a gather actor; one that runs the autoencoder takes more
-GATHER_CPUS = 0.05
+#: logical CPUs of an actor that gathers: where workers fill a node it must still find a place. One that runs the
+#: autoencoder takes more
+GATHER_CPUS = 0.0
 ENCODER_CPUS = 1.0
 
 
@@ -141,14 +143,13 @@ def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterato
 
 
 def _starved(settings: StreamSettings, step: int) -> str:
-    need = f"{settings.workers} actor(s) of {ENCODER_CPUS if settings.encodes else GATHER_CPUS:g} CPU"
-    gpus = f" and {settings.gpus_per_worker:g} GPU" if settings.gpus_per_worker else ""
     have = ray.available_resources()
-    free = f"{have.get('CPU', 0):g} CPU" + (f" and {have.get('GPU', 0):g} GPU" if gpus else "")
+    need = {"CPU": ENCODER_CPUS if settings.encodes else GATHER_CPUS, "GPU": settings.gpus_per_worker}
+    each = " and ".join(f"{amount:g} {name} ({have.get(name, 0):g} free)" for name, amount in need.items())
     return (
         f"the data stream {settings.name} gave no batch for step {step} within {settings.timeout / 60:g} minutes "
-        f"(ray.timeout_minutes); it needs {need}{gpus}, and {free} are free on this Ray: free some, see that the "
-        "storage of the latents answers, or allow more time"
+        f"(ray.timeout_minutes); its {settings.workers} actor(s) take {each} each: free what is short, see that the "
+        "storage that the tiles or latents come from answers, or allow more time"
     )
 
 
@@ -176,8 +177,14 @@ def _dataset(settings: StreamSettings, chunks: Chunks, first: int) -> ray.data.D
             batch_size=1,
             num_cpus=ENCODER_CPUS if settings.encodes else GATHER_CPUS,
             num_gpus=settings.gpus_per_worker or None,
+            # Ray puts what takes no CPU on any node; here the rows have no way to go
+            scheduling_strategy="DEFAULT" if settings.encodes else _this_node(),
             compute=ray.data.ActorPoolStrategy(size=settings.workers),
         )
+
+
+def _this_node() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _arriving(dataset: ray.data.Dataset) -> Iterator[dict[str, np.ndarray]]:

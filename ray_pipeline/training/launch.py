@@ -42,8 +42,9 @@ WORKER_ENVIRONMENT = {
 }
 
 
-#: a group of changing size that finds no place within this many seconds is tried in another size
-_ELASTIC_START_SECONDS = 30
+#: a group of changing size that finds no place within this many seconds is tried in another size: for up to 20 s Train
+#: counts on a node that has gone
+_ELASTIC_START_SECONDS = 10
 #: nodes taken away with notice; more in one phase, and the run is stopped
 _MAX_PREEMPTIONS = 1000
 #: how often Train's controller looks after its workers, in seconds; its default of 2 s delays each restart

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from skimage.metrics import peak_signal_noise_ratio
-
 from ray_pipeline.data.listing import spread
 from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.diffusion.samplers import sample_euler
@@ -103,4 +101,6 @@ def _decode(run: PhaseRun, autoencoder: Autoencoder, latents: np.ndarray) -> np.
 
 
 def _psnr(image: np.ndarray, target: np.ndarray) -> float:
+    from skimage.metrics import peak_signal_noise_ratio  # a second of import, which no restart should wait for
+
     return float(peak_signal_noise_ratio(target, image, data_range=2.0))

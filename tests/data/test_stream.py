@@ -1,14 +1,17 @@
 """What Ray Data hands to each rank is what the plan says, from any step on."""
 
 import logging
+import os
 import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import ray.data
@@ -106,8 +109,8 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def full_cluster(ray_cluster) -> Iterator[None]:
-    """Less than one logical CPU is left."""
-    taken = placement_group([{"CPU": ray_cluster["CPU"] - 0.5}])
+    """No logical CPU is left, as where workers fill a node."""
+    taken = placement_group([{"CPU": ray_cluster["CPU"]}])
     assert taken.wait(60)
     yield
     remove_placement_group(taken)
@@ -204,15 +207,36 @@ def test_nothing_left_is_nothing_streamed(store):
 
 
 def test_a_stream_that_is_left_gives_its_actors_back(ray_cluster, store, small_chunks):
-    def free(expected: Callable[[float], bool]) -> bool:
-        return eventually(lambda: expected(ray.available_resources().get("CPU", 0)))
+    def gathering() -> bool:
+        family = psutil.Process().children(recursive=True)
+        return any("MapWorker(MapBatches(Gather))" in " ".join(process.cmdline()) for process in family)
 
-    everything = ray_cluster["CPU"]
-    assert free(lambda cpus: cpus == everything)
+    assert eventually(lambda: not gathering())
     with closing(stream(settings(store), 0, 600)) as batches:
         next(batches)
-        assert free(lambda cpus: cpus < everything)
-    assert free(lambda cpus: cpus == everything)
+        assert eventually(gathering)
+    assert eventually(lambda: not gathering())
+
+
+def test_a_stream_that_gives_nothing_ends_in_words_after_its_time(ray_cluster, store, small_chunks):
+    here = os.getpid()
+
+    class Stuck:
+        shape, variants = store.shape, store.variants
+
+        def gather(self, *args):
+            if os.getpid() != here:
+                time.sleep(3000)
+            return store.gather(*args)
+
+    s = replace(settings(store, name="stuck"), source=Stuck(), timeout=1.2)
+    with (
+        pytest.raises(
+            RuntimeError, match=r"stuck gave no batch for step \d+ within 0.02 minutes .*ray.timeout_minutes"
+        ),
+        closing(stream(s, 0, 600)) as batches,
+    ):
+        list(batches)
 
 
 def test_a_damaged_shard_is_named(ray_cluster, store, tmp_path):
