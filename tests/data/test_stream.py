@@ -208,8 +208,9 @@ def test_nothing_left_is_nothing_streamed(store):
 
 def test_a_stream_that_is_left_gives_its_actors_back(ray_cluster, store, small_chunks):
     def gathering() -> bool:
-        family = psutil.Process().children(recursive=True)
-        return any("MapWorker(MapBatches(Gather))" in " ".join(process.cmdline()) for process in family)
+        family = {process.pid for process in psutil.Process().children(recursive=True)}
+        words = {each.pid: " ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])}
+        return any("MapWorker(MapBatches(Gather))" in words.get(pid, "") for pid in family)
 
     assert eventually(lambda: not gathering())
     with closing(stream(settings(store), 0, 600)) as batches:
@@ -218,15 +219,16 @@ def test_a_stream_that_is_left_gives_its_actors_back(ray_cluster, store, small_c
     assert eventually(lambda: not gathering())
 
 
-def test_a_stream_that_gives_nothing_ends_in_words_after_its_time(ray_cluster, store, small_chunks):
-    here = os.getpid()
+def test_a_stream_that_gives_nothing_ends_in_words_after_its_time(ray_cluster, store, small_chunks, tmp_path):
+    here, stuck = os.getpid(), tmp_path / "stuck"
+    stuck.touch()
 
     class Stuck:
         shape, variants = store.shape, store.variants
 
         def gather(self, *args):
-            if os.getpid() != here:
-                time.sleep(3000)
+            while os.getpid() != here and stuck.exists():
+                time.sleep(0.05)
             return store.gather(*args)
 
     s = replace(settings(store, name="stuck"), source=Stuck(), timeout=1.2)
@@ -237,6 +239,7 @@ def test_a_stream_that_gives_nothing_ends_in_words_after_its_time(ray_cluster, s
         closing(stream(s, 0, 600)) as batches,
     ):
         list(batches)
+    stuck.unlink()
 
 
 def test_a_damaged_shard_is_named(ray_cluster, store, tmp_path):
