@@ -58,14 +58,23 @@ def run_phase(config: Config, job: PhaseJob) -> None:
 
     SIGINT and SIGTERM ask the workers to commit and to return, a second one, or ray.stop_timeout_seconds, ends the run
     at once. Raises RunStopped then; UserError with a worker's own words for wrong input, or when workers find no place
-    for ray.timeout_minutes; RuntimeError with a rank's traceback for anything else.
+    for ray.timeout_minutes; RuntimeError with a rank's traceback for anything else, after ray.max_failures since the
+    last time that a checkpoint was committed.
     """
     check_resources(config)
     board = open_board()
-    trainer = make_trainer(config, replace(job, stop=board))
     phase = config.phases[job.phase]
+    committed = None
     with _followed(Path(job.run_dir), phase.name, config.train.global_batch), _train_environment(config):
-        Attendance(config, board).attend(trainer)
+        while True:
+            attendance = Attendance(config, board)
+            try:
+                attendance.attend(make_trainer(config, replace(job, stop=board)))
+                return
+            except RuntimeError:  # Train counts failures over all of its run, which may be a week
+                if attendance.news.committed == committed:
+                    raise
+                committed = attendance.news.committed
 
 
 def make_trainer(config: Config, job: PhaseJob) -> ray.train.torch.TorchTrainer:

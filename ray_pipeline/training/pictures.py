@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ray_pipeline.data.listing import spread
 from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.diffusion.samplers import sample_euler
