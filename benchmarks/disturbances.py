@@ -116,7 +116,7 @@ def kill_raylet(target: Target) -> Hit:
         raylet.kill()
     words = f"raylet {raylet.pid} killed{_gone(raylet)}, its worker {worker.pid}{_gone(worker)}"
     nodes.remove_node(node, allow_graceful=False)
-    nodes.add_node(num_cpus=NODE_CPUS)
+    add_node(nodes, NODE_CPUS)
     return Hit("raylet", place, words)
 
 
@@ -141,13 +141,27 @@ def small_cluster(cpus: tuple[int, ...]) -> Iterator[Cluster | None]:
     if not cpus:
         yield None
         return
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], "include_dashboard": False})
+    nodes = Cluster()
     try:
-        for count in cpus[1:]:
-            nodes.add_node(num_cpus=count)
+        for count in cpus:
+            add_node(nodes, count)
         yield nodes
     finally:
         nodes.shutdown()
+
+
+def add_node(nodes: Cluster, cpus: int) -> object:
+    """Start a node, the first of a cluster being its head."""
+    # Ray waits 30 s for its own processes, which a busy machine may need longer to start
+    for tries_left in (2, 1, 0):
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            return nodes.add_node(num_cpus=cpus, include_dashboard=False)
+        except Exception:
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                process.kill()
+            if not tries_left:
+                raise
 
 
 class CheckpointFolder:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import psutil
-from disturbances import NODE_CPUS, raylet_pid, small_cluster
+from disturbances import NODE_CPUS, add_node, raylet_pid, small_cluster
 from ray.cluster_utils import Cluster
 from run_proof import unplanned_samples, world_sizes
 from small_run import PHASES, SmallRun, prepare
@@ -59,7 +59,7 @@ def grow_and_shrink(run: SmallRun, nodes: Cluster) -> None:
     run.start()
     wait_for_workers(run, 1)
     added = time.monotonic()
-    node = nodes.add_node(num_cpus=NODE_CPUS)
+    node = add_node(nodes, NODE_CPUS)
     wait_for_workers(run, 2)
     print(f"{time.monotonic() - added:.0f} s from a new node to the next step, on two workers", flush=True)
     run.supersede()
