@@ -30,6 +30,7 @@ from ray_pipeline.config import load_config
 from ray_pipeline.data.mixture import Member, Mixture
 from ray_pipeline.data.plan import SamplePlan
 from ray_pipeline.training.build import make_edm, make_network, make_state, precision, prepare_torch
+from ray_pipeline.training.launch import WORKER_ENVIRONMENT
 from ray_pipeline.training.loss import TrainingLoss
 from ray_pipeline.training.saving import Save, Saver
 from ray_pipeline.training.setup import PhaseRun, Start
@@ -85,6 +86,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12, help="timed steps without a save, before each one")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     arguments = parser.parse_args()
+    if not os.environ.items() >= WORKER_ENVIRONMENT.items():  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WORKER_ENVIRONMENT)
     run, batches = open_run(arguments)
     quiet, saves, before, during = [], [], 0, 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, Saver() as saver:

@@ -29,6 +29,7 @@ monitoring:
   {{log_every_n_steps: 1, val_tiles: 4, val_noise_levels: 1, sample_every_n_epochs: 1000, num_samples: 2,
     sample_steps: 2, tensorboard: false, log_samples: true}}
 checkpoint: {{every_minutes: 0.02}}
+vae: {{actors: 1}}
 phases:
   - {{name: phase1_unconditional, epochs: {epochs[0]}}}
   - {{name: phase2_conditional, epochs: {epochs[1]}, condition_types: [super_resolution, denoising], trainable: lora}}
