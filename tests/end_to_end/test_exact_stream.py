@@ -46,13 +46,13 @@ def samples(job: PhaseJob, out: Path, workers: int, first: int = 0) -> list:
         data = open_data(PhaseJob(**values["job"]))
         seen = []
         batches = ReadAhead(prepared(data, stream(stream_settings(data), values["first"], STEPS)))
-        for step, micro in batches:
-            index = data.plan.positions(step, data.rank, data.world_size)
-            samples = [sample for batch in micro for sample in zip(*vars(batch).values(), strict=True)]
-            assert len(samples) == len(index)
-            for position, sample in zip(index.tolist(), samples, strict=True):
+        for taken in batches:
+            index = data.plan.positions(taken.step, data.rank, data.world_size).tolist()
+            assert taken.positions.tolist() == index
+            samples = [sample for batch in taken.batches for sample in zip(*vars(batch).values(), strict=True)]
+            for position, sample in zip(index, samples, strict=True):
                 parts = b"".join(part.contiguous().numpy().tobytes() for part in sample)
-                seen.append((step, position, hashlib.sha256(parts).hexdigest()))
+                seen.append((taken.step, position, hashlib.sha256(parts).hexdigest()))
         (Path(values["out"]) / f"rank{data.rank}.json").write_text(json.dumps(seen))
 
     TorchTrainer(

@@ -1,14 +1,10 @@
 """The whole line through the command line: data, latents, both phases, on a real Ray."""
 
 import json
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
-from threading import Event, Thread
 
-import psutil
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,8 +12,10 @@ from PIL import Image
 
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.cli import main
+from ray_pipeline.data.encode import STORED_TILES
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.plan import SamplePlan
+from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.models.weights import load_weights_file
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
@@ -217,17 +215,6 @@ def test_a_run_gives_weights_of_an_average_that_nobody_tracked_and_tiles_from_th
     assert len(list(tiles.glob("*.tif"))) == 2
 
 
-def test_two_workers_train_on_the_same_samples_to_the_same_weights_but_rounding(
-    finished, tiny_data, tiny_autoencoder, tmp_path
-):
-    out = tmp_path / "run"
-    only_phase_one = "[{name: phase1_unconditional, epochs: 4}]"
-    store = tmp_path / "latents"  # one without hints
-    assert train(tiny_data, tiny_autoencoder, out, phases=only_phase_one, ray__num_workers=2, data__latents=store) == 0
-    one, two = (read_events(run, "phase1_unconditional", "step") for run in (finished, out))
-    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
-
-
 def test_tiles_encoded_while_it_trains_give_the_losses_of_stored_latents(
     finished, tiny_data, tiny_autoencoder, tmp_path
 ):
@@ -239,36 +226,44 @@ def test_tiles_encoded_while_it_trains_give_the_losses_of_stored_latents(
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-3)
 
 
-def test_a_worker_killed_in_mid_phase_goes_on_to_equal_bits(finished, tiny_data, tiny_autoencoder, tmp_path):
-    out = tmp_path / "run"
-    killed: list[int] = []
-    ended = Event()
+def test_a_tile_without_a_finite_loss_is_left_out_and_gone_back_for_to_equal_bits(
+    finished, tiny_data, tiny_autoencoder, tmp_path, capsys
+):
+    """Once as a step that is skipped, once past the limit: back to before it, and on without it; the second time in a
+    phase it ends the run, with a report."""
+    latents = Path(shutil.copytree(tiny_data / "latents", tmp_path / "latents"))
+    store = LatentStore.open(latents)
+    shard = np.load(latents / "train" / store.index["shards"][0]["file"], mmap_mode="r+")
+    shard[3, :, [column.startswith("hint.") for column in store.columns]] = np.nan
+    shard.flush()
+    tile = TileTable(store.folder, STORED_TILES).rows([3])[0]
+    first = CheckpointStore(finished / "checkpoints")
+    init = first.path(phase_state.load(finished / "phase_state.json").phase("phase1_unconditional").best.checkpoint)
+    hints = "[super_resolution, denoising, canny, depth]"
+    hinted = f"{{name: hinted, epochs: 2, condition_types: {hints}, condition_dropout: 0.0, init: '{init}'}}"
+    changes = {"phases": f"[{hinted}]", "data__latents": latents}
 
-    def kill_a_worker() -> None:
-        """SIGKILL once the second epoch is committed and a step behind it is recorded."""
-        while not ended.is_set():
-            steps = [record["step"] for record in read_events(out, "phase1_unconditional", "step")]
-            names = CheckpointStore(out / "checkpoints").names()
-            if len(names) >= 2 and steps and steps[-1] > 2:
-                for process in psutil.process_iter(["cmdline"]):
-                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                        return
-            time.sleep(0.05)
+    skipping, going_back = tmp_path / "skipping", tmp_path / "going_back"
+    assert train(tiny_data, tiny_autoencoder, skipping, **changes) == 0
+    told = CheckpointStore(skipping / "checkpoints").latest("hinted").state["skipped"]
+    assert len(told) == 2  # once an epoch
+    assert all(tile.path in fault["message"] for fault in read_events(skipping, "hinted", "fault"))
+    steps = read_events(skipping, "hinted", "step")
+    assert [record["step"] for record in steps if record["skipped"]] == told
 
-    thread = Thread(target=kill_a_worker)
-    thread.start()
-    code = train(tiny_data, tiny_autoencoder, out, ray__max_failures=1)
-    ended.set()
-    thread.join()
-    assert code == 0
-    assert killed, "no worker was found to kill"
-    for phase in ("phase1_unconditional", "phase2_conditional"):
-        assert_equal_bits(weights(finished, phase), weights(out, phase))
-        assert_equal_bits(snapshots(finished, phase), snapshots(out, phase))
-    steps = [record["step"] for record in read_events(out, "phase1_unconditional", "step")]
-    assert steps == list(range(1, len(steps) + 1))
+    capsys.readouterr()
+    assert train(tiny_data, tiny_autoencoder, going_back, **changes, train__max_skipped_steps=0) == 2
+    report = going_back / "logs" / "nonfinite_hinted.json"
+    assert str(report) in capsys.readouterr().err
+    (entry,) = json.loads(report.read_text())
+    assert entry["step"] == told[1]
+    assert [suspect["id"] for suspect in entry["suspects"]] == [tile.id]
+    assert len(entry["samples"]) == 8
+    assert [fault["kind"] for fault in read_events(going_back, "hinted", "fault")][:2] == ["skip", "rollback"]
+    one, other = (CheckpointStore(run / "checkpoints").load("hinted_epoch_001") for run in (skipping, going_back))
+    assert other.state["skipped"] == told[:1]
+    for group in one:
+        assert_equal_bits(one[group], other[group])
 
 
 def test_the_store_streams_what_the_plan_says(finished, tiny_data):
