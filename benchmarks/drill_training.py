@@ -95,7 +95,7 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = arguments.parts.split(",") if arguments.parts else [part.name for part in FULL]
     parts = SHORT if arguments.short else [part for part in FULL if part.name in chosen]
-    epochs = (8, 6) if arguments.short else (30, 24)
+    epochs = (5, 4) if arguments.short else (30, 24)
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(CREDENTIALS)
     with nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as folder:

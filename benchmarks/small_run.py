@@ -26,8 +26,8 @@ ema: {{decay: 0.9, start_step: 4, more_decays: [0.99]}}
 optimizer: {{lr: 1.0e-3, warmup_steps: 2, schedule: cosine}}
 train: {{batch_size: 3, global_batch: 8, threads: 1, precision: {precision}}}
 monitoring:
-  {{log_every_n_steps: 1, val_tiles: 4, val_noise_levels: 1, sample_every_n_epochs: 1000, num_samples: 2,
-    sample_steps: 2, tensorboard: false, log_samples: true}}
+  {{log_every_n_steps: 1, val_tiles: 4, val_noise_levels: 1, plot_samples: false, tensorboard: false,
+    log_samples: true}}
 checkpoint: {{every_minutes: 0.02}}
 vae: {{actors: 1}}
 phases:
