@@ -165,18 +165,18 @@ class CheckpointStore:
         folder = self._at(name)
         if self._stands(folder):
             raise FileExistsError(f"checkpoint {folder} is committed already; a name is never overwritten")
-        self._check_attempt()
+        self.check_attempt()
         self.delete(name)
         folder.create()
         files = {}
         for group, tensors in groups.items():
-            self._check_attempt()
+            self.check_attempt()
             parts = Hashed(tensor_parts(tensors, metadata))
             folder.write(_file(group), parts)
             files[group] = {"sha256": parts.sha256, "bytes": parts.bytes}
         attempt = {} if self.attempt is None else {"attempt": self.attempt.number}
         record = json.loads(json.dumps({"files": files, "state": {**state, **attempt}}))  # as it will be read
-        self._check_attempt()
+        self.check_attempt()
         folder.write(MARK, json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
         return folder.name
 
@@ -229,12 +229,8 @@ class CheckpointStore:
     def strays(self, phase: str) -> list[str]:
         """Folders named like a checkpoint of this phase that are none, or do not count."""
         known = set(self.names(phase))
-        own = (f"{phase}_epoch_", f"{phase}_step_")
-        return [
-            name
-            for name in self._folder.folders()
-            if name.endswith(SUFFIX) and name.startswith(own) and name not in known
-        ]
+        own = re.compile(rf"{re.escape(phase)}_(epoch|step)_\d+{re.escape(SUFFIX)}")
+        return [name for name in self._folder.folders() if own.fullmatch(name) and name not in known]
 
     def delete(self, name: str) -> None:
         """Remove a checkpoint, its commit mark first."""
@@ -247,7 +243,8 @@ class CheckpointStore:
             raise UserError(f"checkpoint name {name!r} may hold letters, digits, '.', '_' and '-' only")
         return self._folder.child(f"{name.removesuffix(SUFFIX)}{SUFFIX}")
 
-    def _check_attempt(self) -> None:
+    def check_attempt(self) -> None:
+        """Superseded (attempts.py) when another attempt has begun since this one."""
         if self.attempt is not None:
             self.attempt.check()
 

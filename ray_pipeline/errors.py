@@ -5,8 +5,10 @@ class UserError(ValueError):
     """Wrong input: the message names the file or key, what was found, what was expected and what to do.
 
     The command line prints it as one sentence and exits non-zero; any other exception is a defect of ours
-    and keeps its traceback.
+    and keeps its traceback. passing: it may be over when the same is tried again.
     """
+
+    passing = False
 
 
 class RunStopped(Exception):
@@ -33,7 +35,9 @@ def find_user_error(error: BaseException) -> UserError | None:
             continue
         seen[id(found)] = found
         if isinstance(found, UserError):
-            return UserError(str(found))
+            error = UserError(str(found))
+            error.passing = found.passing
+            return error
         pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]
         pending.append(getattr(found, "controller_failure", None))
         pending += list(getattr(found, "worker_failures", {}).values())

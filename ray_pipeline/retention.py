@@ -9,6 +9,8 @@ from ray_pipeline.checkpoints import SUFFIX
 from ray_pipeline.monitoring.phase_state import BestCheckpoint
 from ray_pipeline.phase_sections import PhaseConfig
 
+#: train.max_skipped_steps is a limit within so many steps
+SKIP_WINDOW = 100
 #: kinds of checkpoints that end an epoch, so that their validation loss is their own
 _OF_EPOCHS = ("epoch", "best", "last")
 
@@ -19,10 +21,17 @@ def checkpoint_name(phase: str, step: int, epoch: int | None) -> str:
 
 
 def obsolete_names(phase: PhaseConfig, states: Mapping[str, Mapping], newest: str) -> tuple[str, ...]:
-    """Of checkpoints by name with their states, those that need not be kept once `newest` is committed."""
+    """Of checkpoints by name with their states, those that need not be kept once `newest` is committed.
+
+    Kept, too, is the one before the steps that were skipped lately: the run may have to go back to it.
+    """
     best = best_of(states)
     kept = {checkpoint_name(phase.name, 0, epoch) for epoch in phase.save_epochs}
     kept |= {newest, best.checkpoint if best else newest}
+    now = states[newest]
+    lately = [step for step in now["skipped"] if step > now["step"] - SKIP_WINDOW]
+    before = [name for name, state in states.items() if lately and state["step"] < lately[0]]
+    kept |= set(sorted(before, key=lambda name: states[name]["step"])[-1:])
     return tuple(name for name in states if name not in kept)
 
 

@@ -22,6 +22,8 @@ _STREAM_BYTES = 4 * 2**20
 class StorageError(UserError):
     """The disk, the network or the service refuses; the message names the file."""
 
+    passing = True
+
 
 def is_uri(text: str) -> bool:
     """Whether a location is a URI such as s3://bucket/folder, and not a path."""

@@ -84,6 +84,13 @@ def test_what_was_committed_behind_the_start_of_a_later_attempt_does_not_count(t
     assert second.latest(PHASE)["model"]["weight"][0] == 2.0
 
 
+def test_folders_of_a_phase_whose_name_begins_alike_are_no_strays(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for name in ("phase1_step_2_epoch_001.ckpt", "phase1_extra_epoch_001.ckpt", "phase1_epoch_001.ckpt"):
+        (tmp_path / name).mkdir()
+    assert store.strays(PHASE) == ["phase1_epoch_001.ckpt"]
+
+
 def test_commits_of_other_phases_are_untouched_by_a_new_attempt(tmp_path):
     first = begin(tmp_path, 0)
     save(first, 7)

@@ -188,7 +188,7 @@ def _restore_floats(record: dict) -> dict:
 
 
 def cut_records(path: Path, phase: str, resume_step: int | None) -> None:
-    """Drop the torn last line and, given `resume_step`, the records of `phase` after that step.
+    """Drop the torn last line and, given `resume_step`, the records of `phase` after that step, but for faults.
 
     The file is replaced even when nothing is cut: a superseded writer that still lives keeps the old file.
     """
@@ -198,7 +198,8 @@ def cut_records(path: Path, phase: str, resume_step: int | None) -> None:
     for line in _whole_lines(path.read_bytes()):
         record = _parse(line)
         ours = record is not None and record.get("phase") == phase
-        if resume_step is None or not ours or record.get("step", 0) <= resume_step:
+        behind = resume_step is not None and ours and record.get("step", 0) > resume_step
+        if not behind or record.get("event") == EVENT_NAMES[FaultEvent]:  # what went wrong did so for good
             kept.append(line + b"\n")
     replace_file(path, b"".join(kept))
 

@@ -9,26 +9,27 @@ from pathlib import Path
 
 from ray_pipeline.data.encode import STORED_TILES, STREAMED_TILES
 from ray_pipeline.data.tile_table import TileTable
+from ray_pipeline.retention import SKIP_WINDOW
 from ray_pipeline.storage import replace_file
 from ray_pipeline.training.setup import PhaseRun, run_folder
 from ray_pipeline.training.step import StepResult
 
-#: train.max_skipped_steps is a limit within so many steps
-WINDOW = 100
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """More steps without a finite loss than are allowed: `first` to `last` (from 1) are the range that holds them."""
+    """More steps without a finite loss than are allowed: `first` to `last` (from 1) are the range that holds them.
+    again: the phase went back for such a range before."""
 
     first: int
     last: int
+    again: bool
     report: Path
 
 
 class SkippedSteps:
-    """The steps that this attempt had to skip; the same on all ranks."""
+    """The steps that had to be skipped; the same on all ranks, and after a resume."""
 
     def __init__(self, run: PhaseRun):
         self.run = run
@@ -37,12 +38,12 @@ class SkippedSteps:
 
     def add(self, result: StepResult) -> Trouble | None:
         """Take in a skipped step; what it means if it is one too many."""
-        now = self.run.state.step
+        run, now = self.run, self.run.state.step
         self._steps[now] = result
-        recent = [step for step in self._steps if step > now - WINDOW]
-        if len(recent) <= self.run.config.train.max_skipped_steps:
+        recent = [step for step in run.state.skipped if step > now - SKIP_WINDOW and step not in run.start.forgiven]
+        if len(recent) <= run.config.train.max_skipped_steps:
             return None
-        return Trouble(recent[0], now, self.path)
+        return Trouble(recent[0], now, bool(run.start.forgiven), self.path)
 
     def describe(self) -> str:
         """The latest one in a sentence."""
@@ -55,10 +56,12 @@ class SkippedSteps:
         return words
 
     def write_report(self) -> None:
-        """All of them with their samples, as JSON. suspects: those whose own loss is not finite."""
+        """All of them with their samples, and those of earlier attempts, as JSON. suspects: those whose own loss is
+        not finite."""
         plan = self.run.plan
-        report = [
-            {
+        known = {entry["step"]: entry for entry in json.loads(self.path.read_bytes())} if self.path.exists() else {}
+        new = {
+            step: {
                 "step": step,
                 "loss": str(result.loss),
                 "grad_norm": str(result.grad_norm),
@@ -66,7 +69,8 @@ class SkippedSteps:
                 "samples": self._tiles(plan.positions(step - 1).tolist()),
             }
             for step, result in self._steps.items()
-        ]
+        }
+        report = [entry for _, entry in sorted((new | known).items())]
         replace_file(self.path, json.dumps(report, indent=1).encode())
 
     def _tiles(self, positions: Sequence[int]) -> list[dict]:

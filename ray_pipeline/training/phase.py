@@ -36,14 +36,12 @@ def train_phase(job: dict) -> None:
     """
     job = PhaseJob(**job)
     with StopWatch(job.stop) as watch:
-        trouble = train_attempt(job, watch)
-        if trouble is not None:
-            again = train_attempt(job, watch)
-            if again is not None:
+        while (trouble := train_attempt(job, watch)) is not None:
+            if trouble.again:
                 raise UserError(
-                    f"more than train.max_skipped_steps of the steps {again.first} to {again.last} have no finite loss "
-                    f"or gradient, and so had {trouble.first} to {trouble.last} before; {again.report} lists their "
-                    "samples; lower optimizer.lr or set train.precision=fp32 (--allow-change), or mend the tiles"
+                    f"more than train.max_skipped_steps of the steps {trouble.first} to {trouble.last} have no finite "
+                    f"loss or gradient, and it is not the first time; {trouble.report} lists their samples; lower "
+                    "optimizer.lr or set train.precision=fp32 (--allow-change), or mend the tiles"
                 )
 
 
@@ -69,7 +67,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
             interval.add(result)
             if log:
                 log.add(taken)
-            if result.skipped and run.state.step not in run.start.avoid:
+            if result.skipped and run.state.step not in run.start.forgiven:
                 trouble = skipped.add(result)
                 if records:
                     records.skip(skipped, trouble)

@@ -16,6 +16,7 @@ from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import CheckpointEvent, EventLog, FaultEvent, PhaseEvent, ValidationEvent
 from ray_pipeline.retention import best_of, checkpoint_name, obsolete_names
 from ray_pipeline.run_state import mend_state
+from ray_pipeline.storage import StorageError
 from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
 from ray_pipeline.training.pictures import draw_progress
 from ray_pipeline.training.saving import Outcome, Save, Saver, fits_in_memory
@@ -111,7 +112,7 @@ class PhaseRecords:
     def after_step(self, save: bool) -> None:
         """Take note of what was committed meanwhile; save when it is time, or when asked."""
         self._collect()
-        if save or time.monotonic() > self.due_at:
+        if (save or time.monotonic() > self.due_at) and self.run.state.step not in self._steps():
             self.save("safety")
 
     def _next_safety_save(self) -> float:
@@ -121,11 +122,14 @@ class PhaseRecords:
     def skip(self, skipped: SkippedSteps, trouble: Trouble | None) -> None:
         """Record a step without a finite loss, so that no later attempt computes it; after too many, their range."""
         self.fault("skip", skipped.describe())
-        skipped.write_report()
+        self.draw("the report of skipped steps", skipped.write_report)
         attempt = self.run.checkpoints.attempt
         known = {*attempt.record.skipped, self.run.state.step}
-        if trouble is None:
-            attempt.update(skipped=tuple(sorted(known)))
+        if trouble is None or trouble.again:
+            try:
+                attempt.update(skipped=tuple(sorted(known)))
+            except StorageError as error:  # the next checkpoint tells it, too
+                self.fault("skip", f"step {self.run.state.step} is not yet written down as skipped: {error}")
             return
         known |= set(range(trouble.first, trouble.last + 1))
         self._wait(_PATIENCE_SECONDS)
@@ -171,11 +175,11 @@ class PhaseRecords:
         return epoch_end and better
 
     def draw(self, what: str, action: Callable[[], object]) -> None:
-        """Draw a picture; a full disk is no reason to stop."""
+        """Draw a picture or write a report; a full disk is no reason to stop."""
         try:
             action()
         except OSError as error:
-            self.fault("picture", f"{what} cannot be drawn: {error}")
+            self.fault("picture", f"{what} cannot be written: {error}")
 
     def header(self) -> WeightsHeader:
         """What the weights of this step are."""
@@ -200,7 +204,8 @@ class PhaseRecords:
         header = self.header()
         self.states[name] = state = self._state(kind, header)
         obsolete = obsolete_names(run.phase, self.states, name) + self.strays
-        self._submit(Save(run.checkpoints, name, run.state.groups(), state, header.metadata(), obsolete))
+        replaceable = kind in ("safety", "stop")  # nothing makes an epoch's again
+        self._submit(Save(run.checkpoints, name, run.state.groups(), state, header.metadata(), obsolete, replaceable))
         self.stood_still[name] = time.perf_counter() - started
         self.due_at = self._next_safety_save()
         self._collect()
@@ -259,6 +264,8 @@ class PhaseRecords:
             self._wait(until - time.monotonic())
             if self.run.state.step in self._steps():  # else it was written without a copy, and refused
                 return
+            if time.monotonic() > until:
+                raise self._refused()
             time.sleep(_PAUSE_SECONDS)
 
     def _steps(self) -> set[int]:
@@ -266,16 +273,20 @@ class PhaseRecords:
 
     def _wait(self, seconds: float) -> None:
         """Until all is committed; UserError when the storage refuses for so long."""
-        run, until = self.run, time.monotonic() + seconds
+        until = time.monotonic() + seconds
         while not self.saver.drain(1.0):
             self._collect()
             if time.monotonic() > until:
-                raise UserError(
-                    f"{run.checkpoints.root} does not take the checkpoint of step {run.state.step} "
-                    f"({self.state.history[-1].message}); what was committed before stands: mend the storage and go on "
-                    "with --resume"
-                )
+                raise self._refused()
         self._collect()
+
+    def _refused(self) -> UserError:
+        run = self.run
+        return UserError(
+            f"{run.checkpoints.root} does not take the checkpoint of step {run.state.step} "
+            f"({self.state.history[-1].message}); what was committed before stands: mend the storage and go on "
+            "with --resume"
+        )
 
     def _collect(self) -> None:
         for outcome in self.saver.outcomes():
@@ -329,8 +340,13 @@ class PhaseRecords:
     def _write(self) -> None:
         progress, run = self.progress, self.run
         if run.checkpoints.attempt is not None and time.monotonic() - self.checked_at > _SECONDS_BETWEEN_CHECKS:
-            run.checkpoints.attempt.check()
             self.checked_at = time.monotonic()
+            try:
+                run.checkpoints.check_attempt()
+            except StorageError as error:  # a save says so, too, and comes again
+                self.checked_at += _RETRY_SECONDS
+                self.said.add(message := f"the storage of checkpoints does not answer: {error}")
+                self.events.emit(FaultEvent(run.phase.name, run.state.step, "save", message))
         progress.step, progress.position = run.state.step, run.state.step * run.plan.global_batch
         progress.epoch = self.epoch() if run.state.step else 0
         try:

@@ -59,6 +59,8 @@ class Save:
             if self.overwrite:
                 self.store.delete(self.name)
             self.store.save(self.name, self.groups, self.state, self.metadata)
+            if self.obsolete:  # whoever has begun since may stand on one of them
+                self.store.check_attempt()
         except StorageError as error:
             return Outcome(self, time.perf_counter() - started, str(error))
         left = []
@@ -92,7 +94,7 @@ class Saver:
         self._waiting: deque[Save] = deque()  # the first of them may be being written
         self._outcomes: deque[Outcome] = deque()
         self._failure: BaseException | None = None
-        self._writing = self._closed = self._hurried = False
+        self._writing = self._refused = self._closed = self._hurried = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
 
     def __enter__(self) -> Saver:
@@ -105,10 +107,10 @@ class Saver:
             self._changed.notify_all()
 
     def submit(self, save: Save) -> None:
-        """Copy what is to be saved; its tensors may change as soon as this returns. Replaceable ones that wait, because
-        the storage refuses, are dropped for a replaceable one; one that is being written is waited for."""
+        """Copy what is to be saved; its tensors may change as soon as this returns. While the storage refuses, a
+        replaceable one takes the place of those that wait."""
         if save.replaceable:
-            self._drop_replaceable()
+            self._drop_refused()
         copy = save.copied()
         with self._changed:
             self._waiting.append(copy)
@@ -137,10 +139,11 @@ class Saver:
             self._changed.notify_all()
             return self._changed.wait_for(lambda: not self._waiting or self._failure is not None, seconds)
 
-    def _drop_replaceable(self) -> None:
+    def _drop_refused(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._writing or self._failure is not None)
-            for old in [save for save in self._waiting if save.replaceable]:
+            if not self._refused:
+                return
+            for old in [save for save in list(self._waiting)[self._writing :] if save.replaceable]:
                 self._waiting.remove(old)
                 self._outcomes.append(Outcome(old, 0.0, "a later one takes its place", dropped=True))
             self._changed.notify_all()
@@ -156,7 +159,7 @@ class Saver:
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._writing = False
+                self._writing, self._refused = False, outcome.error is not None
                 self._outcomes.append(outcome)
                 if outcome.error is None:
                     self._waiting.popleft()

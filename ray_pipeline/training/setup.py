@@ -57,12 +57,14 @@ class Start:
     """Where this attempt begins, the same on all ranks.
 
     checkpoint: name of the one to go on from, or None. avoid: steps (from 1) that earlier attempts found without a
-    finite loss. passed_over: in words, newer checkpoints that cannot be used.
+    finite loss; those in `forgiven` have made the phase go back once. passed_over: in words, newer checkpoints that
+    cannot be used.
     """
 
     attempt: int = 0
     checkpoint: str | None = None
     avoid: frozenset[int] = frozenset()
+    forgiven: frozenset[int] = frozenset()
     passed_over: tuple[str, ...] = ()
 
 
@@ -172,12 +174,18 @@ def _begin(store: CheckpointStore, phase: str, rank: int, world_size: int) -> St
     if rank == 0:
         attempt = store.begin(phase, world_size)
         found = store.search(phase)  # after the attempt was taken: what is committed from now on by others is not seen
+        if found.checkpoint is None and store.names(phase):
+            raise UserError(
+                f"no checkpoint of {phase} in {store.root} is whole ({found.passed_over[-1]}); bring one back, or "
+                "delete them all to begin the phase again"
+            )
         attempt.update(start_step=0 if found.checkpoint is None else found.checkpoint.state["step"])
         earlier = [record for record in store.attempts() if record.phase == phase]
         told[0] = Start(
             attempt=attempt.number,
             checkpoint=None if found.checkpoint is None else found.checkpoint.name,
             avoid=frozenset().union(*(record.skipped for record in earlier)),
+            forgiven=frozenset().union(*(record.skipped for record in earlier if record.valid_until is not None)),
             passed_over=found.passed_over,
         )
     if world_size > 1:

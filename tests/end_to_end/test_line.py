@@ -255,11 +255,12 @@ def test_a_tile_without_a_finite_loss_is_left_out_and_gone_back_for_to_equal_bit
     assert train(tiny_data, tiny_autoencoder, going_back, **changes, train__max_skipped_steps=0) == 2
     report = going_back / "logs" / "nonfinite_hinted.json"
     assert str(report) in capsys.readouterr().err
-    (entry,) = json.loads(report.read_text())
-    assert entry["step"] == told[1]
-    assert [suspect["id"] for suspect in entry["suspects"]] == [tile.id]
-    assert len(entry["samples"]) == 8
-    assert [fault["kind"] for fault in read_events(going_back, "hinted", "fault")][:2] == ["skip", "rollback"]
+    entries = json.loads(report.read_text())
+    assert [entry["step"] for entry in entries] == told
+    for entry in entries:
+        assert [suspect["id"] for suspect in entry["suspects"]] == [tile.id]
+        assert len(entry["samples"]) == 8
+    assert [fault["kind"] for fault in read_events(going_back, "hinted", "fault")] == ["skip", "rollback", "skip"]
     one, other = (CheckpointStore(run / "checkpoints").load("hinted_epoch_001") for run in (skipping, going_back))
     assert other.state["skipped"] == told[:1]
     for group in one:

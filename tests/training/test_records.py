@@ -121,11 +121,16 @@ def test_a_loss_that_is_not_finite_is_never_the_best(run):
 def test_what_is_kept_of_saves_that_end_no_epoch_is_the_newest():
     phase = parse_config({"phases": [{"name": "p", "epochs": 4, "epochs_to_save": [2]}]}).phases[0]
     states = {
-        "p_epoch_001.ckpt": {"kind": "best", "val_loss": 0.5, "step": 4, "epoch": 1},
-        "p_step_00000006.ckpt": {"kind": "safety", "val_loss": 0.1, "step": 6, "epoch": 2},
-        "p_epoch_002.ckpt": {"kind": "epoch", "val_loss": 0.7, "step": 8, "epoch": 2},
-        "p_step_00000010.ckpt": {"kind": "stop", "val_loss": 0.2, "step": 10, "epoch": 3},
+        "p_epoch_001.ckpt": {"kind": "best", "val_loss": 0.5, "step": 4, "epoch": 1, "skipped": []},
+        "p_step_00000006.ckpt": {"kind": "safety", "val_loss": 0.1, "step": 6, "epoch": 2, "skipped": []},
+        "p_epoch_002.ckpt": {"kind": "epoch", "val_loss": 0.7, "step": 8, "epoch": 2, "skipped": []},
+        "p_step_00000010.ckpt": {"kind": "stop", "val_loss": 0.2, "step": 10, "epoch": 3, "skipped": []},
     }
+    assert obsolete_names(phase, states, "p_step_00000010.ckpt") == ("p_step_00000006.ckpt",)
+    # that before a step which was skipped lately: the run may have to go back to it
+    states["p_step_00000010.ckpt"]["skipped"] = [7]
+    assert obsolete_names(phase, states, "p_step_00000010.ckpt") == ()
+    states["p_step_00000010.ckpt"] |= {"step": 107, "skipped": [7]}
     assert obsolete_names(phase, states, "p_step_00000010.ckpt") == ("p_step_00000006.ckpt",)
 
 
@@ -155,6 +160,38 @@ def test_training_goes_on_while_the_disk_is_full_and_nothing_committed_is_lost(r
     assert committed(run)[-1] == 16
     assert 4 in committed(run)
     assert phase_state.load(Path(run.job.run_dir, "phase_state.json")).phase("prior").status == "finished"
+
+
+def test_the_best_checkpoint_outlives_a_better_one_that_was_refused(run):
+    """Saves that come while one is being written, or is refused, are all committed, in their order."""
+    with PhaseRecords(run) as records:
+        run.state.step = 4
+        validated(records, 0.9)
+        records.save("best", epoch=1)
+        assert records.saver.drain(60)
+        with full_disk():
+            run.state.step = 12
+            validated(records, 0.5)
+            records.save("best", epoch=3)
+            records.saver.drain(0.5)
+            for step in (13, 14):
+                run.state.step = step
+                records.save("safety")
+            assert committed(run) == [4]
+        assert records.saver.drain(60)
+        records.after_step(save=False)
+        assert committed(run) == [12, 14]
+        assert records.progress.best.epoch == 3
+
+
+def test_a_step_is_not_saved_twice(run):
+    with PhaseRecords(run) as records:
+        run.state.step = 4
+        validated(records, 0.9)
+        records.save("best", epoch=1)
+        records.after_step(save=True)
+        assert records.saver.drain(60)
+        assert committed(run) == [4]
 
 
 def test_records_that_a_full_disk_refused_are_written_once_there_is_room(run):

@@ -66,6 +66,16 @@ def test_what_is_saved_is_of_the_moment_it_was_asked_for(store):
     assert committed(store) == {1: 1.0, 2: 2.0, 3: 3.0}
 
 
+def test_saves_that_follow_each_other_closely_are_all_committed(store):
+    """Waiting for the one before is no refusal."""
+    with Saver() as saver:
+        saver.submit(save_of(store, 1, torch.zeros(20_000_000), replaceable=False))
+        for step in (2, 3, 4):
+            saver.submit(save_of(store, step))
+        assert saver.drain(60)
+        assert [one.save.state["step"] for one in saver.outcomes()] == [1, 2, 3, 4]
+
+
 def test_a_full_disk_is_told_and_the_save_is_committed_once_there_is_room(store, tmp_path):
     weight = torch.full((NUMBERS,), 7.0)
     with Saver() as saver:
