@@ -149,7 +149,10 @@ def disturb(drill: Drill, target: Target, kinds: list[str]) -> list[Hit]:
         struck = time.monotonic()
         if hit.driver_ended:
             run.start(resume=True)
-        began = run.wait_until(run.attempt, "training went on").began
+        try:
+            began = run.wait_until(run.went_on, "the run went on")
+        except Missed:  # it was stopped behind its last step, and nothing was left to do
+            began = Place(len(PHASES) - 1, drill.steps[PHASES[-1]])
         if hit.keeps and began < hit.place:
             hit.problems.append(f"{hit.kind} at {hit.place}, but the run went on behind {began}")
         print(

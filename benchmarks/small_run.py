@@ -128,9 +128,11 @@ class SmallRun:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not (value := ready()):
             if self.driver.poll() is not None:
-                if self.driver.returncode == 0:
-                    raise Missed(what)
-                self.fail(f"the command ended with {self.driver.returncode} before {what}")
+                if self.driver.returncode != 0:
+                    self.fail(f"the command ended with {self.driver.returncode} before {what}")
+                if value := ready():  # it came with the end
+                    break
+                raise Missed(what)
             if time.monotonic() > deadline:
                 self.fail(f"waited {TIMEOUT_SECONDS} s for {what}")
             time.sleep(pause)
@@ -144,7 +146,7 @@ class SmallRun:
         """Rank 0 of the attempt that runs now: the one that has the records open."""
         for process in self.workers():
             try:
-                if any(Path(opened.path) == self._metrics for opened in process.open_files()):
+                if any(opened.path == str(self.folder / "logs" / "metrics.jsonl") for opened in process.open_files()):
                     return process
             except psutil.Error:
                 continue
@@ -157,19 +159,23 @@ class SmallRun:
 
     def attempt(self) -> Attempt | None:
         """What is recorded of the attempt that runs now; None before its first step and after its phase is finished."""
-        if not self._metrics.exists():
-            return None
         last = None
-        for line in reversed(self._metrics.read_bytes().split(b"\n")[:-1]):
-            record = json.loads(line)
-            if record["event"] not in ("step", "phase"):
-                continue
+        for record in reversed(self._records()):
             place = Place(PHASES.index(record["phase"]), record["step"])
             if record["event"] == "phase":
                 return Attempt(place, last) if last is not None and record["time"] > self.disturbed else None
             last = last or place
         return None
 
-    @property
-    def _metrics(self) -> Path:
-        return self.folder / "logs" / "metrics.jsonl"
+    def went_on(self) -> Place | None:
+        """Where the first attempt since the last disturbance began, though it may have ended again."""
+        for record in self._records():
+            if record.get("status") in ("started", "resumed") and record["time"] > self.disturbed:
+                return Place(PHASES.index(record["phase"]), record["step"])
+        return None
+
+    def _records(self) -> list[dict]:
+        """Steps, and the starts and ends of attempts."""
+        path = self.folder / "logs" / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return [record for record in map(json.loads, lines) if record["event"] in ("step", "phase")]
