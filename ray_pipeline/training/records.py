@@ -10,16 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ray_pipeline.data.hint_registry import resolve_hints
-from ray_pipeline.errors import UserError
 from ray_pipeline.models.weights import LatentsHeader, WeightsHeader
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import CheckpointEvent, EventLog, FaultEvent, PhaseEvent, ValidationEvent
-from ray_pipeline.retention import best_of, checkpoint_name, obsolete_names
+from ray_pipeline.retention import best_of
 from ray_pipeline.run_state import mend_state
 from ray_pipeline.storage import StorageError
+from ray_pipeline.training.commits import PATIENCE_SECONDS, Commits
 from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
 from ray_pipeline.training.pictures import draw_progress
-from ray_pipeline.training.saving import Outcome, Save, Saver, fits_in_memory
+from ray_pipeline.training.saving import Save
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.snapshots import snapshot
 from ray_pipeline.training.validation import Validation
@@ -28,10 +28,7 @@ from ray_pipeline.training.validation import Validation
 _SECONDS_BETWEEN_CHARTS = 20.0
 #: a run that was superseded learns it within so many seconds, and before every file of a checkpoint
 _SECONDS_BETWEEN_CHECKS = 5.0
-#: how long the end of a phase waits for a storage that refuses
-_PATIENCE_SECONDS = 600.0
-_PAUSE_SECONDS = 2.0
-#: after a save that was refused and not kept, the next one comes so soon
+#: after a storage did not answer, it is asked again so much later
 _RETRY_SECONDS = 60.0
 
 
@@ -50,13 +47,8 @@ class PhaseRecords:
             tensorboard=run.config.monitoring.tensorboard,
             resume_step=run.state.step or -1,  # a start at 0 makes its step-0 records again
         )
-        self.saver = Saver()
-        self.states: dict[str, dict] = {}  # of checkpoints that are committed, or are being saved, by name
-        self.committed: list[str] = []
-        self.strays: tuple[str, ...] = ()
-        self.stood_still: dict[str, float] = {}
+        self.commits = Commits(run, self.fault, self._committed)
         self.said: set[str] = set()
-        self.due_at = self._next_safety_save()
         self.checked_at = time.monotonic()
         self.charted_at = -math.inf
         self._stack = ExitStack()
@@ -64,8 +56,11 @@ class PhaseRecords:
     def __enter__(self) -> PhaseRecords:
         run, progress = self.run, self.progress
         self._stack.callback(self.events.close)
-        self._stack.enter_context(self.saver)
-        self._open_checkpoints()
+        self._stack.enter_context(self.commits)
+        before = {} if run.newest is None else run.newest.state
+        progress.baseline_val_loss = before.get("baseline_val_loss")
+        progress.metrics = dict(before.get("metrics", {}))
+        self._note_checkpoints()
         progress.status, progress.attempt = "running", run.start.attempt
         progress.steps, progress.epochs = run.total_steps, run.phase.epochs
         self.state.current_phase = run.phase.name
@@ -80,17 +75,6 @@ class PhaseRecords:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
-
-    def _open_checkpoints(self) -> None:
-        run = self.run
-        found = run.checkpoints.checkpoints(run.phase.name)
-        self.states = {checkpoint.name: checkpoint.state for checkpoint in found}
-        self.strays = tuple(run.checkpoints.strays(run.phase.name))
-        self.committed = list(self.states)
-        before = {} if run.newest is None else run.newest.state
-        self.progress.baseline_val_loss = before.get("baseline_val_loss")
-        self.progress.metrics = dict(before.get("metrics", {}))
-        self._note_checkpoints()
 
     def epoch(self) -> int:
         """Epoch (from 1) that the step just done belongs to."""
@@ -111,13 +95,9 @@ class PhaseRecords:
 
     def after_step(self, save: bool) -> None:
         """Take note of what was committed meanwhile; save when it is time, or when asked."""
-        self._collect()
-        if (save or time.monotonic() > self.due_at) and self.run.state.step not in self._steps():
+        self.commits.collect()
+        if (save or self.commits.due()) and not self.commits.has_step():
             self.save("safety")
-
-    def _next_safety_save(self) -> float:
-        minutes = self.run.config.checkpoint.every_minutes
-        return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
     def skip(self, skipped: SkippedSteps, trouble: Trouble | None) -> None:
         """Record a step without a finite loss, so that no later attempt computes it; after too many, their range."""
@@ -132,7 +112,7 @@ class PhaseRecords:
                 self.fault("skip", f"step {self.run.state.step} is not yet written down as skipped: {error}")
             return
         known |= set(range(trouble.first, trouble.last + 1))
-        self._wait(_PATIENCE_SECONDS)
+        self.commits.wait(PATIENCE_SECONDS)
         attempt.update(skipped=tuple(sorted(known)), valid_until=trouble.first - 1)
         self.fault(
             "rollback",
@@ -143,7 +123,7 @@ class PhaseRecords:
 
     def stop(self, reason: str) -> None:
         """Commit this step and leave the phase for later."""
-        self._secure("stop", None, math.inf)
+        self.commits.secure(lambda: self.save("stop"), math.inf)
         message = f"stopped after step {self.run.state.step} of {self.run.total_steps} ({reason})"
         self.events.emit(PhaseEvent(self.run.phase.name, "stopped", self.run.state.step, message))
         self.state.record("stopped", f"{self.run.phase.name}: {message}")
@@ -170,7 +150,7 @@ class PhaseRecords:
         if time.monotonic() - self.charted_at > _SECONDS_BETWEEN_CHARTS:
             self.draw("progress", lambda: draw_progress(run, self.progress.baseline_val_loss))
             self.charted_at = time.monotonic()
-        best = best_of(self.states)
+        best = best_of(self.commits.states)
         better = math.isfinite(validation.loss) and (best is None or validation.loss < best.val_loss)
         return epoch_end and better
 
@@ -197,29 +177,20 @@ class PhaseRecords:
         )
 
     def save(self, kind: str, epoch: int | None = None) -> None:
-        """Have a checkpoint written and, once it is committed, those deleted that are no longer kept."""
-        run = self.run
-        started = time.perf_counter()
-        name = checkpoint_name(run.phase.name, run.state.step, epoch)
+        """Have a checkpoint of this step written."""
         header = self.header()
-        self.states[name] = state = self._state(kind, header)
-        obsolete = obsolete_names(run.phase, self.states, name) + self.strays
-        replaceable = kind in ("safety", "stop")  # nothing makes an epoch's again
-        self._submit(Save(run.checkpoints, name, run.state.groups(), state, header.metadata(), obsolete, replaceable))
-        self.stood_still[name] = time.perf_counter() - started
-        self.due_at = self._next_safety_save()
-        self._collect()
+        self.commits.save(self._state(kind, header), header.metadata(), epoch)
 
     def save_snapshot(self) -> None:
         """Store the power-function averages of this step, if there are any."""
         save = snapshot(self.run, self.header())
         if save is not None:
-            self._submit(save)
+            self.commits.submit(save)
 
     def finish(self) -> None:
         """The phase is done, and its last step committed."""
         run = self.run
-        self._secure("last", run.phase.epochs, _PATIENCE_SECONDS)
+        self.commits.secure(lambda: self.save("last", run.phase.epochs), PATIENCE_SECONDS)
         message = f"finished after {run.total_steps} steps, {run.phase.epochs} epochs"
         self.events.emit(PhaseEvent(run.phase.name, "finished", run.state.step, message))
         self.draw("progress", lambda: draw_progress(run, self.progress.baseline_val_loss))
@@ -246,73 +217,8 @@ class PhaseRecords:
             "config": run.job.config,
         }
 
-    def _submit(self, save: Save) -> None:
-        """Write in the background; or here, where that is asked for or there is no memory for a copy."""
-        background = self.run.config.checkpoint.background
-        if fits_in_memory(save) if background == "auto" else background:
-            self.saver.submit(save)
-        else:
-            self._wait(_PATIENCE_SECONDS)  # what was to be saved before comes first
-            self.saver.write(save)
-
-    def _secure(self, kind: str, epoch: int | None, seconds: float) -> None:
-        """Have this step committed when this returns; UserError when the storage refuses for so long."""
-        until = time.monotonic() + seconds
-        while True:
-            if self.run.state.step not in self._steps():
-                self.save(kind, epoch)
-            self._wait(until - time.monotonic())
-            if self.run.state.step in self._steps():  # else it was written without a copy, and refused
-                return
-            if time.monotonic() > until:
-                raise self._refused()
-            time.sleep(_PAUSE_SECONDS)
-
-    def _steps(self) -> set[int]:
-        return {state["step"] for state in self.states.values()}
-
-    def _wait(self, seconds: float) -> None:
-        """Until all is committed; UserError when the storage refuses for so long."""
-        until = time.monotonic() + seconds
-        while not self.saver.drain(1.0):
-            self._collect()
-            if time.monotonic() > until:
-                raise self._refused()
-        self._collect()
-
-    def _refused(self) -> UserError:
-        run = self.run
-        return UserError(
-            f"{run.checkpoints.root} does not take the checkpoint of step {run.state.step} "
-            f"({self.state.history[-1].message}); what was committed before stands: mend the storage and go on "
-            "with --resume"
-        )
-
-    def _collect(self) -> None:
-        for outcome in self.saver.outcomes():
-            self._conclude(outcome)
-
-    def _conclude(self, outcome: Outcome) -> None:
-        """Take note of what became of a save."""
-        save = outcome.save
-        if outcome.error is not None:
-            if outcome.dropped:
-                self.states.pop(save.name, None)
-                if not any(step > save.state["step"] for step in self._steps()):  # nothing comes after it by itself
-                    self.due_at = min(self.due_at, time.monotonic() + _RETRY_SECONDS)
-                self.fault("save", f"{save.name} was never saved: {outcome.error}")
-            else:
-                self.fault("save", f"{save.name} is not saved yet, training goes on meanwhile: {outcome.error}")
-            return
-        for words in outcome.left:
-            self.fault("save", words)
-        if save.store is not self.run.checkpoints:
-            return
-        self.strays = ()
-        self.states = {name: state for name, state in self.states.items() if name not in save.obsolete}
-        self.committed = [name for name in (*self.committed, save.name) if name not in save.obsolete]
+    def _committed(self, save: Save, stood_still: float, seconds: float) -> None:
         state = save.state
-        seconds = self.stood_still.pop(save.name)
         self.events.emit(
             CheckpointEvent(
                 phase=state["phase"],
@@ -320,8 +226,8 @@ class PhaseRecords:
                 epoch=state["epoch"],
                 name=save.name,
                 kind=state["kind"],
-                seconds=seconds,
-                write_seconds=outcome.seconds,
+                seconds=stood_still,
+                write_seconds=seconds,
             )
         )
         self.state.record("checkpoint", f"{save.name} ({state['kind']})")
@@ -331,9 +237,8 @@ class PhaseRecords:
         self._write()
 
     def _note_checkpoints(self) -> None:
-        progress = self.progress
-        states = {name: self.states[name] for name in self.committed}
-        progress.checkpoints = sorted(states, key=lambda name: states[name]["step"])
+        progress, states = self.progress, self.commits.committed()
+        progress.checkpoints = list(states)
         progress.last = progress.checkpoints[-1] if states else None
         progress.best = best_of(states)
 

@@ -101,7 +101,7 @@ def test_only_the_epochs_to_save_the_best_and_the_last_are_kept(run):
             run.state.step = 4 * epoch
             assert validated(records, loss) == (epoch == 1)
             records.save("epoch" if epoch == 2 else "last", epoch=epoch)
-            assert records.saver.drain(60)
+            assert records.commits.saver.drain(60)
             records.after_step(save=False)
         assert committed(run) == [4, 8, 16]
         assert records.progress.best.epoch == 1
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(run):
         records.save("last", epoch=1)
         run.state.step = 8
         assert validated(records, 0.9)
-        assert records.saver.drain(60)
+        assert records.commits.saver.drain(60)
 
 
 def test_what_is_kept_of_saves_that_end_no_epoch_is_the_newest():
@@ -143,12 +143,12 @@ def test_training_goes_on_while_the_disk_is_full_and_nothing_committed_is_lost(r
         run.state.step = 4
         validated(records, 0.9)
         records.save("best", epoch=1)
-        assert records.saver.drain(60)
+        assert records.commits.saver.drain(60)
         records.after_step(save=False)
         with full_disk():
             run.state.step = 6
             records.save("safety")
-            records.saver.drain(0.5)
+            records.commits.saver.drain(0.5)
             records.after_step(save=False)
             assert committed(run) == [4]
         faults = told(run, "fault")
@@ -168,17 +168,17 @@ def test_the_best_checkpoint_outlives_a_better_one_that_was_refused(run):
         run.state.step = 4
         validated(records, 0.9)
         records.save("best", epoch=1)
-        assert records.saver.drain(60)
+        assert records.commits.saver.drain(60)
         with full_disk():
             run.state.step = 12
             validated(records, 0.5)
             records.save("best", epoch=3)
-            records.saver.drain(0.5)
+            records.commits.saver.drain(0.5)
             for step in (13, 14):
                 run.state.step = step
                 records.save("safety")
             assert committed(run) == [4]
-        assert records.saver.drain(60)
+        assert records.commits.saver.drain(60)
         records.after_step(save=False)
         assert committed(run) == [12, 14]
         assert records.progress.best.epoch == 3
@@ -190,7 +190,7 @@ def test_a_step_is_not_saved_twice(run):
         validated(records, 0.9)
         records.save("best", epoch=1)
         records.after_step(save=True)
-        assert records.saver.drain(60)
+        assert records.commits.saver.drain(60)
         assert committed(run) == [4]
 
 
@@ -239,6 +239,6 @@ def test_what_earlier_attempts_left_behind_goes_with_the_first_commit(run):
         assert folder.exists()
         run.state.step = 4
         records.save("safety")
-        assert records.saver.drain(60)
+        assert records.commits.saver.drain(60)
     assert not folder.exists()
     assert committed(run) == [4]

@@ -102,7 +102,7 @@ def snapshot(run):
     """As rank 0 does it; the header of the weights."""
     with PhaseRecords(run) as records:
         records.save_snapshot()
-        assert records.saver.drain(60)
+        assert records.commits.saver.drain(60)
         return records.header()
 
 
@@ -191,7 +191,7 @@ def test_retention_of_checkpoints_leaves_snapshots_alone(make_run):
             records.progress.metrics["val_loss"] = 1.0 / run.state.step
         train(run, 1)
         records.save("last", epoch=2)
-        assert records.saver.drain(60)
+        assert records.commits.saver.drain(60)
     assert run.checkpoints.names() == ["prior_epoch_002.ckpt"]  # the newest safety save replaces the one before
     assert stored(run).names() == [f"prior_step_{step:08d}.ckpt" for step in range(1, 5)]
     for name in stored(run).names():
@@ -206,6 +206,6 @@ def test_training_takes_them_in_equal_parts_of_the_phase(make_run):
         for _ in range(run.total_steps):
             train(run, 1)
             finish_step(run, records)
-        assert records.saver.drain(60)
+        assert records.commits.saver.drain(60)
     assert run.total_steps == 16
     assert [stored(run).load(name).state["step"] for name in stored(run).names()] == [4, 7, 10, 13, 16]
