@@ -21,7 +21,7 @@ _RETRY_SECONDS = 60.0
 class Commits:
     """A context manager on rank 0.
 
-    fault(kind, words) is told what goes wrong, committed(save, seconds that training stood still, seconds of writing) of
+    fault(kind, words) is told what goes wrong; committed(save, seconds training stood still, seconds of writing), of
     each commit; both only while a method of this class is called.
     """
 
