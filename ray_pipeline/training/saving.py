@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -20,6 +22,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 120.0
 #: what a copy may take of the memory that is free
 _MEMORY_SHARE = 0.8
 _CGROUP = Path("/sys/fs/cgroup")
+_LEAST_PRIORITY = 19
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ class Saver:
             self._changed.notify_all()
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # where a priority may be one thread's own: hashing gives way to training
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
         pause = _FIRST_PAUSE
         while save := self._next():
             try:

@@ -1,6 +1,9 @@
 """Saves written while training goes on: of the moment they were asked for, in order, and never lost in silence."""
 
+import os
 import resource
+import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -151,6 +154,21 @@ def test_the_same_snapshot_may_be_stored_again_and_a_checkpoint_may_not(store):
         saver.drain(60)
         with pytest.raises(FileExistsError, match="committed already"):
             saver.outcomes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
+def test_writing_gives_way_to_training(store):
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    with Saver() as saver:
+        saver.submit(save_of(store, 1))
+        assert saver.drain(60)
+        niceness = {
+            thread.name: os.getpriority(os.PRIO_PROCESS, thread.native_id)
+            for thread in threading.enumerate()
+            if thread.native_id is not None
+        }
+    assert niceness["saver"] == 19
+    assert niceness["MainThread"] == own < 19
 
 
 def test_leaving_does_not_wait_for_a_storage_that_refuses(store):
