@@ -10,6 +10,9 @@ from contextlib import contextmanager
 import psutil
 import pytest
 import torch
+from moto.server import DomainDispatcherApplication, create_backend_app
+from pyarrow.fs import FileSystem
+from werkzeug.serving import make_server
 
 from ray_pipeline.attempts import Superseded
 from ray_pipeline.checkpoints import CheckpointStore
@@ -184,3 +187,35 @@ def test_a_copy_is_made_only_where_there_is_room_for_it(store):
     assert fits_in_memory(save_of(store, 1))
     huge = torch.empty(1).expand(free_memory())  # four times as many bytes, none of them its own
     assert not fits_in_memory(save_of(store, 1, huge))
+
+
+@contextmanager
+def s3_on(port):
+    """moto's S3, answering on this port of 127.0.0.1 within; what it holds outlives it."""
+    server = make_server("127.0.0.1", port, DomainDispatcherApplication(create_backend_app), threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_store_that_goes_away_gets_what_waits_when_it_is_back(aws_environment):
+    with Saver() as saver:
+        with s3_on(0) as port:
+            endpoint = f"endpoint_override=127.0.0.1:{port}&scheme=http"
+            filesystem, _ = FileSystem.from_uri(f"s3://saving?{endpoint}&allow_bucket_creation=true")
+            filesystem.create_dir("saving")
+            store = CheckpointStore(f"s3://saving/run?{endpoint}")
+            saver.submit(save_of(store, 1))
+            assert saver.drain(60)
+        saver.submit(save_of(store, 2))
+        *_, refused = collect(saver, 2)
+        assert "cannot be used" in refused.error
+        assert not refused.dropped
+        with s3_on(port):
+            assert saver.drain(120)
+            assert committed(store) == {1: 1.0, 2: 2.0}
