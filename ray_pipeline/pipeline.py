@@ -237,6 +237,9 @@ def initial_weights(config: Config, index: int) -> str | None:
         return None
     before = config.phases[index - 1].name
     store = CheckpointStore(config.checkpoint_store)
+    begun = store.checkpoints(phase.name)
+    if begun:  # what it began from then
+        return begun[-1].state["init"]
     whole = {checkpoint.name: checkpoint for checkpoint in store.checkpoints(before)}
     while best := best_of({name: checkpoint.state for name, checkpoint in whole.items()}):
         try:

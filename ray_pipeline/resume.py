@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_pipeline import attempts
 from ray_pipeline.config import Config
 from ray_pipeline.config_changes import Difference, accepted, check_named, differences, notes
 from ray_pipeline.config_kinds import Kind, rule_of
@@ -17,8 +18,6 @@ from ray_pipeline.storage import Folder, replace_file
 
 #: what --allow-change names when the latents are others although no key of the config differs
 LATENTS = "latents"
-#: folder of the checkpoint store where each start of a phase leaves a mark
-_ATTEMPTS = "attempts"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def open_run(config: Config, *, resume: bool, allow: Sequence[str] = ()) -> Star
     begun = bool(
         checkpoints
         or any(progress.status != "pending" for progress in state.phases.values())
-        or Folder(config.checkpoint_store).child(_ATTEMPTS).names()
+        or Folder(config.checkpoint_store).child(attempts.FOLDER).names()
     )
     if not resume:
         if begun:

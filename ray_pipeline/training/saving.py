@@ -25,7 +25,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 _LEAST_PRIORITY = 19
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Save:
     """What is to be committed as `name`.
 
@@ -90,14 +90,18 @@ class Outcome:
 
 
 class Saver:
-    """A context manager; leaving it does not wait: what is not committed then never existed."""
+    """A context manager; leaving it does not wait: what is not committed then never existed. Saves are written in the
+    order of their requests, but a store that refuses does not hold up another one."""
 
     def __init__(self):
         self._changed = threading.Condition()
-        self._waiting: deque[Save] = deque()  # the first of them may be being written
+        self._waiting: deque[Save] = deque()
         self._outcomes: deque[Outcome] = deque()
         self._failure: BaseException | None = None
-        self._writing = self._refused = self._closed = self._hurried = False
+        self._refusing: set[str] = set()  # stores that did not take what they were given last
+        self._writing: Save | None = None
+        self._pause = _FIRST_PAUSE
+        self._closed = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
 
     def __enter__(self) -> Saver:
@@ -138,49 +142,57 @@ class Saver:
     def drain(self, seconds: float) -> bool:
         """Wait until nothing waits, at most so long; a storage that refused is asked again at once."""
         with self._changed:
-            self._hurried = True
+            self._refusing.clear()
             self._changed.notify_all()
             return self._changed.wait_for(lambda: not self._waiting or self._failure is not None, seconds)
 
     def _drop_refused(self) -> None:
         with self._changed:
-            if not self._refused:
-                return
-            for old in [save for save in list(self._waiting)[self._writing :] if save.replaceable]:
-                self._waiting.remove(old)
-                self._outcomes.append(Outcome(old, 0.0, "a later one takes its place", dropped=True))
+            for old in [save for save in self._waiting if save.replaceable and save is not self._writing]:
+                if old.store.root in self._refusing:
+                    self._waiting.remove(old)
+                    self._outcomes.append(Outcome(old, 0.0, "a later one takes its place", dropped=True))
             self._changed.notify_all()
 
     def _run(self) -> None:
         if sys.platform == "linux":  # where a priority may be one thread's own: hashing gives way to training
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
-        pause = _FIRST_PAUSE
         while save := self._next():
             try:
                 outcome = save.commit()
             except BaseException as error:
                 with self._changed:
-                    self._failure, self._writing = error, False
+                    self._failure, self._writing = error, None
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._writing, self._refused = False, outcome.error is not None
+                self._writing = None
                 self._outcomes.append(outcome)
                 if outcome.error is None:
-                    self._waiting.popleft()
-                    pause = _FIRST_PAUSE
+                    self._waiting.remove(save)
+                    self._pause = _FIRST_PAUSE
+                else:
+                    self._refusing.add(save.store.root)
                 self._changed.notify_all()
-                if outcome.error is not None:
-                    self._hurried = False
-                    self._changed.wait_for(lambda: self._closed or self._hurried or save not in self._waiting, pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _next(self) -> Save | None:
-        """The save to write now, None once this is closed."""
+        """The save to write now; None once this is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            self._writing = not self._closed
-            return self._waiting[0] if self._writing else None
+            while True:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return None
+                self._writing = self._ready()
+                if self._writing is not None:
+                    return self._writing
+                if self._changed.wait_for(lambda: self._closed or not self._waiting or self._ready(), self._pause):
+                    continue
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+                self._refusing.clear()
+
+    def _ready(self) -> Save | None:
+        """The first that waits for a store which has not refused."""
+        return next((save for save in self._waiting if save.store.root not in self._refusing), None)
 
 
 def fits_in_memory(save: Save) -> bool:

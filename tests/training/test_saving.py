@@ -112,6 +112,24 @@ def test_while_the_disk_is_full_a_later_save_takes_the_place_of_one_that_waits(s
     assert committed(store) == {1: 1.0, 3: 3.0}
 
 
+def test_a_store_that_refuses_does_not_hold_up_another(store, tmp_path):
+    """As a full local disk, where snapshots go, beside a store of checkpoints elsewhere."""
+    (tmp_path / "taken").write_text("a file where the folder of the store would be")
+    refusing = CheckpointStore(tmp_path / "taken")
+    with Saver() as saver:
+        saver.submit(save_of(refusing, 1, replaceable=False))
+        for step in (2, 3):
+            saver.submit(save_of(store, step))
+        told = []
+        while {2, 3} - {one.save.state["step"] for one in told}:
+            told += collect(saver, 1)
+        assert committed(store) == {2: 2.0, 3: 3.0}
+        assert {one.save.state["step"]: one.error is None for one in told} == {1: False, 2: True, 3: True}
+        (tmp_path / "taken").unlink()
+        assert saver.drain(60)
+    assert committed(refusing) == {1: 1.0}
+
+
 def test_what_is_obsolete_is_deleted_after_the_commit_and_not_without_it(store):
     with Saver() as saver:
         saver.submit(save_of(store, 1))
