@@ -26,7 +26,7 @@ from ray_pipeline.errors import RunStopped, UserError, find_user_error
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import metrics_path
 from ray_pipeline.monitoring.progress import Progress
-from ray_pipeline.training.phase import train_phase
+from ray_pipeline.training.entry import train_on_worker
 from ray_pipeline.training.placement import check_resources, placement_in_words, uses_gpu, worker_resources
 from ray_pipeline.training.setup import PhaseJob, job_values
 from ray_pipeline.training.stopping import SIGNAL_NAMES, ControllerReports, News, open_board, signals_into
@@ -82,7 +82,7 @@ def make_trainer(config: Config, job: PhaseJob) -> ray.train.torch.TorchTrainer:
     settings = config.ray
     timeout = 60 * settings.timeout_minutes
     return ray.train.torch.TorchTrainer(
-        train_phase,
+        train_on_worker,
         train_loop_config=job_values(job),
         torch_config=ray.train.torch.TorchConfig(timeout_s=math.ceil(timeout)),
         scaling_config=ray.train.ScalingConfig(

@@ -1,4 +1,4 @@
-"""One phase on one worker, from its first step to its last. Ray Train calls `train_phase` on every worker."""
+"""One phase on one worker, from its first step to its last. entry.py calls `train_phase` on every worker."""
 
 from __future__ import annotations
 

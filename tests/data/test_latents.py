@@ -282,7 +282,7 @@ def lengthen(folder: Folder, file: str) -> None:
 
 
 def empty(folder: Folder, file: str) -> None:
-    folder.write(file)
+    folder.write(file, b"")
 
 
 def flip(folder: Folder, file: str) -> None:
