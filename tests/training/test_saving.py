@@ -177,7 +177,6 @@ def test_the_same_snapshot_may_be_stored_again_and_a_checkpoint_may_not(store):
             saver.outcomes()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
 def test_writing_gives_way_to_training(store):
     own = os.getpriority(os.PRIO_PROCESS, 0)
     with Saver() as saver:
@@ -188,7 +187,8 @@ def test_writing_gives_way_to_training(store):
             for thread in threading.enumerate()
             if thread.native_id is not None
         }
-    assert niceness["saver"] == 19
+    # elsewhere than on Linux a thread has no priority of its own
+    assert niceness["saver"] == (19 if sys.platform == "linux" else own)
     assert niceness["MainThread"] == own < 19
 
 
