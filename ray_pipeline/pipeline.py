@@ -202,7 +202,6 @@ def train(
             job = PhaseJob(
                 config=config.dump(),
                 phase=index,
-                run_dir=config.output_dir,
                 latents=prepared.job.store,
                 init=initial_weights(config, index),
             )

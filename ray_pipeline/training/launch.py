@@ -65,7 +65,7 @@ def run_phase(config: Config, job: PhaseJob) -> None:
     board = open_board()
     phase = config.phases[job.phase]
     committed = None
-    with _followed(Path(job.run_dir), phase.name, config.train.global_batch), _train_environment(config):
+    with _followed(Path(config.output_dir), phase.name, config.train.global_batch), _train_environment(config):
         while True:
             attendance = Attendance(config, board)
             try:
@@ -95,7 +95,7 @@ def make_trainer(config: Config, job: PhaseJob) -> ray.train.torch.TorchTrainer:
         run_config=ray.train.RunConfig(
             # a name of its own: Train would go on from the records of an older run of this name, ours are the truth
             name=f"{config.phases[job.phase].name}_{uuid.uuid4().hex[:12]}",
-            storage_path=str(Path(job.run_dir, "logs", "ray")),
+            storage_path=str(Path(config.output_dir, "logs", "ray")),
             worker_runtime_env={} if uses_gpu(config) else {"env_vars": WORKER_ENVIRONMENT},
             failure_config=ray.train.FailureConfig(
                 max_failures=settings.max_failures,

@@ -11,7 +11,7 @@ from ray_pipeline.data.encode import STORED_TILES, STREAMED_TILES
 from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.retention import SKIP_WINDOW
 from ray_pipeline.storage import replace_file
-from ray_pipeline.training.setup import PhaseRun, run_folder
+from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import StepResult
 
 _NAMED = 5
@@ -33,7 +33,7 @@ class SkippedSteps:
 
     def __init__(self, run: PhaseRun):
         self.run = run
-        self.path = run_folder(run.job, "logs") / f"nonfinite_{run.phase.name}.json"
+        self.path = Path(run.config.output_dir, "logs") / f"nonfinite_{run.phase.name}.json"
         self._steps: dict[int, StepResult] = {}
 
     def add(self, result: StepResult) -> Trouble | None:

@@ -15,7 +15,7 @@ from ray_pipeline.monitoring.events import EventLog, SampleEvent, read_events
 from ray_pipeline.monitoring.plots import plot_progress
 from ray_pipeline.monitoring.tile_grid import Window, sample_grid
 from ray_pipeline.storage import replace_file
-from ray_pipeline.training.setup import PhaseRun, run_folder
+from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import stack_hints
 
 _DECODE_BATCH = 4
@@ -45,12 +45,12 @@ def draw_samples(run: PhaseRun, records: EventLog, epoch: int) -> Path:
         ]
         columns += [("sample", window.shown(samples)), ("target", window.shown(target))]
         captions = {(row, len(columns) - 2): f"{_psnr(samples[row], target[row]):.1f} dB" for row in range(count)}
-    path = run_folder(run.job, "samples", run.phase.name) / f"samples_epoch_{epoch:03d}.png"
+    path = Path(run.config.output_dir, "samples", run.phase.name) / f"samples_epoch_{epoch:03d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{run.phase.name}, epoch {epoch}, step {run.state.step}"
     picture = sample_grid(columns, path, captions=captions, title=title)
     records.image("samples", picture, run.state.step)
-    records.emit(SampleEvent(run.phase.name, run.state.step, epoch, str(path.relative_to(run.job.run_dir))))
+    records.emit(SampleEvent(run.phase.name, run.state.step, epoch, str(path.relative_to(run.config.output_dir))))
     return path
 
 
@@ -59,8 +59,8 @@ def draw_progress(run: PhaseRun, baseline: float | None, keep: bool = False) -> 
     monitoring = run.config.monitoring
     if not (monitoring.plot_loss or monitoring.plot_lr):
         return
-    records = read_events(run.job.run_dir, phase=run.phase.name)
-    folder = run_folder(run.job, "plots", run.phase.name)
+    records = read_events(run.config.output_dir, phase=run.phase.name)
+    folder = Path(run.config.output_dir, "plots", run.phase.name)
     folder.mkdir(parents=True, exist_ok=True)
     latest = folder / "latest_progress.png"
     plot_progress(

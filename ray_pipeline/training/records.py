@@ -38,11 +38,11 @@ class PhaseRecords:
 
     def __init__(self, run: PhaseRun, tell: Callable[[int, str], None] | None = None):
         self.run, self.tell = run, tell
-        self.state_file = Path(run.job.run_dir, phase_state.FILE)
+        self.state_file = Path(run.config.output_dir, phase_state.FILE)
         self.state = mend_state(run.config)
         self.progress = self.state.phase(run.phase.name)
         self.events = EventLog(
-            run.job.run_dir,
+            run.config.output_dir,
             run.phase.name,
             tensorboard=run.config.monitoring.tensorboard,
             resume_step=run.state.step or -1,  # a start at 0 makes its step-0 records again

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from io import FileIO
+from pathlib import Path
 
-from ray_pipeline.training.setup import PhaseRun, run_folder
+from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import StepInput
 
 
@@ -14,7 +15,7 @@ class SampleLog:
     and index, the positions in the phase's endless sequence."""
 
     def __init__(self, run: PhaseRun):
-        folder = run_folder(run.job, "logs", "samples", run.phase.name)
+        folder = Path(run.config.output_dir, "logs", "samples", run.phase.name)
         folder.mkdir(parents=True, exist_ok=True)
         self.file = FileIO(folder / f"attempt_{run.start.attempt:06d}_rank_{run.rank}.jsonl", "w")
 

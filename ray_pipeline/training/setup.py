@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,6 @@ class PhaseJob:
 
     config: dict
     phase: int
-    run_dir: str
     latents: str
     init: str | None
     stop: Any = None
@@ -240,11 +238,6 @@ def stream_cpus(config: Config) -> float:
 def stream_gpus(config: Config) -> float:
     """GPUs (or the share of one) of an actor that feeds a rank."""
     return (config.vae.gpus_per_actor or 0.0) if config.data.mode == "tiles" else 0.0
-
-
-def run_folder(job: PhaseJob, *parts: str) -> Path:
-    """A folder of this phase under the run directory, such as samples/<phase>."""
-    return Path(job.run_dir, *parts)
 
 
 def _parallel(loss: TrainingLoss, device: torch.device, world_size: int) -> nn.Module:

@@ -33,7 +33,7 @@ def snapshot(run: PhaseRun, header: WeightsHeader) -> Save | None:
         return None
     header = header.model_copy(update={"step": updated})
     return Save(
-        store=CheckpointStore(Path(run.job.run_dir, FOLDER, run.phase.name), run.checkpoints.attempt),
+        store=CheckpointStore(Path(run.config.output_dir, FOLDER, run.phase.name), run.checkpoints.attempt),
         name=f"{run.phase.name}_step_{run.state.step:08d}",
         groups={track.group: {key: value.half() for key, value in track.tensors().items()} for track in tracks},
         state={

@@ -33,7 +33,7 @@ def job(ray_cluster, tiny_data, tiny_autoencoder, tmp_path_factory) -> PhaseJob:
     config = load_config(ROOT / "configs/demo.yaml", [f"{key}={value}" for key, value in values.items()])
     pipeline.encode(config, pipeline.look(config))
     store = encode_job(config).store
-    return PhaseJob(config=config.dump(), phase=1, run_dir=str(folder / "run"), latents=store, init=None)
+    return PhaseJob(config=config.dump(), phase=1, latents=store, init=None)
 
 
 def samples(job: PhaseJob, out: Path, workers: int, first: int = 0) -> list:

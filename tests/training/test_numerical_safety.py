@@ -8,15 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from phase_runs import make_phase_run
 
-from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
 from ray_pipeline.data.latents import LatentStore
-from ray_pipeline.data.mixture import make_mixture
-from ray_pipeline.training.build import make_edm, make_network, make_state
-from ray_pipeline.training.loss import TrainingLoss
-from ray_pipeline.training.setup import PhaseJob, PhaseRun, Start
 from ray_pipeline.training.step import avoid, micro_batches, optimize
 
 MODEL = {"architecture": "custom", "latent_size": 8, "depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
@@ -50,30 +45,7 @@ def make_run(store, rank=0, world_size=1, hints=False, trainable="full", uncerta
         "ema": {"start_step": 0, "decay": 0.9},
         "optimizer": {"lr": 1e-3, **optimizer},
     })  # fmt: skip
-    torch.manual_seed(0)
-    network = make_network(config, config.phases[1])
-    state, edm = make_state(config, network), make_edm(config)
-    loss = TrainingLoss(edm, network, state.uncertainty)
-    return PhaseRun(
-        job=PhaseJob({}, 1, "", str(store.folder), None),
-        config=config,
-        phase=config.phases[1],
-        rank=rank,
-        world_size=world_size,
-        device=torch.device("cpu"),
-        train_store=store,
-        val_store=store,
-        source=store,
-        mixture=make_mixture(config, config.phases[1], store.datasets, "store"),
-        val_rows=np.arange(4),
-        val_simulated=np.zeros(4, bool),
-        checkpoints=CheckpointStore("unused"),
-        start=Start(),
-        newest=None,
-        edm=edm,
-        state=state,
-        model=loss if world_size == 1 else DistributedDataParallel(loss),
-    )
+    return make_phase_run(config, store, number=1, rank=rank, world_size=world_size)
 
 
 def batches_of(run, step, poison=None):

@@ -2,13 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
+from phase_runs import make_phase_run
 
 from ray_pipeline.config import parse_config
-from ray_pipeline.data.mixture import make_mixture
-from ray_pipeline.training.build import make_edm, make_network, make_state
-from ray_pipeline.training.loss import TrainingLoss
-from ray_pipeline.training.setup import PhaseRun, Start
 from ray_pipeline.training.step import micro_batches, optimize
 
 MODEL = {"architecture": "custom", "latent_size": 8, "depth": 2, "hidden_size": 64, "num_heads": 4, "patch_size": 2}
@@ -39,15 +35,7 @@ def losses(store, precision: str, **model) -> np.ndarray:
             "optimizer": {"lr": 1e-3},
         }
     )
-    torch.manual_seed(0)
-    phase, edm = config.phases[0], make_edm(config)
-    state = make_state(config, make_network(config, phase))
-    run = PhaseRun(
-        job=None, config=config, phase=phase, rank=0, world_size=1, device=torch.device("cpu"), train_store=store,
-        val_store=store, source=store, mixture=make_mixture(config, phase, store.datasets, "store"), val_rows=None,
-        val_simulated=None, checkpoints=None, start=Start(), newest=None, edm=edm, state=state,
-        model=TrainingLoss(edm, state.network),
-    )  # fmt: skip
+    run = make_phase_run(config, store)
     seen = []
     for step in range(STEPS):
         index = run.plan.positions(step, 0, 1)

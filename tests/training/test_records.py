@@ -2,41 +2,27 @@
 
 import json
 import math
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from full_disk import full_disk
+from phase_runs import make_phase_run
 
 from ray_pipeline.attempts import Superseded
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
-from ray_pipeline.data.mixture import make_mixture
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
 from ray_pipeline.retention import obsolete_names
-from ray_pipeline.training.build import make_edm, make_network, make_state
-from ray_pipeline.training.loss import TrainingLoss
 from ray_pipeline.training.records import PhaseRecords
-from ray_pipeline.training.setup import PhaseJob, PhaseRun, Start
+from ray_pipeline.training.setup import Start
 from ray_pipeline.training.validation import Validation
 
 MODEL = {
     "latent_size": 8, "architecture": "custom", "depth": 1, "hidden_size": 64, "num_heads": 2, "patch_size": 4,
 }  # fmt: skip
-
-
-@contextmanager
-def full_disk():
-    """Within, this process can write no file of more than 20 kB."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture
@@ -54,32 +40,10 @@ def run(tmp_path, write_latents):
         "ema": {"power_stds": []},
         "output_dir": str(tmp_path / "run"),
     })  # fmt: skip
-    torch.manual_seed(0)
-    network = make_network(config, config.phases[0])
-    state, edm = make_state(config, network), make_edm(config)
     checkpoints = CheckpointStore(config.checkpoint_store)
     attempt = checkpoints.begin("prior", 1)
     attempt.update(start_step=0)
-    return PhaseRun(
-        job=PhaseJob(config.dump(), 0, str(tmp_path / "run"), str(store.folder), None),
-        config=config,
-        phase=config.phases[0],
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
-        train_store=store,
-        val_store=store,
-        source=store,
-        mixture=make_mixture(config, config.phases[0], store.datasets, "store"),
-        val_rows=np.arange(4),
-        val_simulated=np.zeros(4, bool),
-        checkpoints=checkpoints,
-        start=Start(attempt=attempt.number),
-        newest=None,
-        edm=edm,
-        state=state,
-        model=TrainingLoss(edm, network, state.uncertainty),
-    )
+    return make_phase_run(config, store, checkpoints=checkpoints, start=Start(attempt=attempt.number))
 
 
 def validated(records, loss):
@@ -92,7 +56,7 @@ def committed(run):
 
 
 def told(run, event):
-    return read_events(run.job.run_dir, "prior", event)
+    return read_events(run.config.output_dir, "prior", event)
 
 
 def test_only_the_epochs_to_save_the_best_and_the_last_are_kept(run):
@@ -159,7 +123,7 @@ def test_training_goes_on_while_the_disk_is_full_and_nothing_committed_is_lost(r
         records.finish()
     assert committed(run)[-1] == 16
     assert 4 in committed(run)
-    assert phase_state.load(Path(run.job.run_dir, "phase_state.json")).phase("prior").status == "finished"
+    assert phase_state.load(Path(run.config.output_dir, "phase_state.json")).phase("prior").status == "finished"
 
 
 def test_the_best_checkpoint_outlives_a_better_one_that_was_refused(run):
@@ -204,7 +168,7 @@ def test_records_that_a_full_disk_refused_are_written_once_there_is_room(run):
     messages = [record["message"].split(" x")[0] for record in told(run, "fault")]
     expected = [f"message {number}" for number in range(200)] + ["the last one"]
     assert [words for words in messages if "phase_state.json" not in words] == expected
-    for line in Path(run.job.run_dir, "logs", "metrics.jsonl").read_text().splitlines():
+    for line in Path(run.config.output_dir, "logs", "metrics.jsonl").read_text().splitlines():
         json.loads(line)
 
 
@@ -215,7 +179,7 @@ def test_a_stop_commits_the_step_it_is_at_and_no_step_twice(run):
         assert committed(run) == [3]
         records.stop("SIGTERM")
         assert committed(run) == [3]
-    state = phase_state.load(Path(run.job.run_dir, "phase_state.json"))
+    state = phase_state.load(Path(run.config.output_dir, "phase_state.json"))
     assert state.phase("prior").status == "stopped"
     assert "stopped after step 3 of 16 (SIGTERM)" in state.history[-1].message
 
@@ -223,12 +187,12 @@ def test_a_stop_commits_the_step_it_is_at_and_no_step_twice(run):
 def test_a_superseded_worker_writes_neither_checkpoint_nor_state(run):
     with PhaseRecords(run) as records:
         run.state.step = 3
-        before = Path(run.job.run_dir, "phase_state.json").read_bytes()
+        before = Path(run.config.output_dir, "phase_state.json").read_bytes()
         CheckpointStore(run.config.checkpoint_store).begin("prior", 1)
         with pytest.raises(Superseded):
             records.stop("SIGTERM")
     assert committed(run) == []
-    assert Path(run.job.run_dir, "phase_state.json").read_bytes() == before
+    assert Path(run.config.output_dir, "phase_state.json").read_bytes() == before
 
 
 def test_what_earlier_attempts_left_behind_goes_with_the_first_commit(run):

@@ -1,7 +1,6 @@
 """Saves written while training goes on: of the moment they were asked for, in order, and never lost in silence."""
 
 import os
-import resource
 import sys
 import threading
 import time
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 import torch
+from full_disk import full_disk
 from moto.server import DomainDispatcherApplication, create_backend_app
 from pyarrow.fs import FileSystem
 from werkzeug.serving import make_server
@@ -24,17 +24,6 @@ NUMBERS = 100_000  # of a tensor; 400 kB, more than the full disk below takes
 @pytest.fixture
 def store(tmp_path):
     return CheckpointStore(tmp_path / "checkpoints")
-
-
-@contextmanager
-def full_disk():
-    """Within, this process can write no file of more than 100 kB."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def save_of(store, step, tensor=None, **more):

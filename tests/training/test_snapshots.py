@@ -3,16 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from phase_runs import make_phase_run
 
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
-from ray_pipeline.data.mixture import make_mixture
 from ray_pipeline.models.weights import load_weights_file
-from ray_pipeline.training.build import make_edm, make_network, make_state
-from ray_pipeline.training.loss import TrainingLoss
 from ray_pipeline.training.phase import finish_step
 from ray_pipeline.training.records import PhaseRecords
-from ray_pipeline.training.setup import PhaseJob, PhaseRun, Start
+from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.snapshots import snapshot_is_due
 from ray_pipeline.training.step import micro_batches, optimize
 
@@ -60,29 +58,7 @@ def make_run(tmp_path, write_latents):
             "ema": EMA | ema,
             "output_dir": str(tmp_path / "run"),
         })  # fmt: skip
-        torch.manual_seed(0)
-        network = make_network(config, config.phases[0])
-        state, edm = make_state(config, network), make_edm(config)
-        return PhaseRun(
-            job=PhaseJob(config.dump(), 0, str(tmp_path / "run"), str(store.folder), None),
-            config=config,
-            phase=config.phases[0],
-            rank=0,
-            world_size=1,
-            device=torch.device("cpu"),
-            train_store=store,
-            val_store=store,
-            source=store,
-            mixture=make_mixture(config, config.phases[0], store.datasets, "store"),
-            val_rows=np.arange(4),
-            val_simulated=np.zeros(4, bool),
-            checkpoints=CheckpointStore(tmp_path / "run" / "checkpoints"),
-            start=Start(),
-            newest=None,
-            edm=edm,
-            state=state,
-            model=TrainingLoss(edm, network, state.uncertainty),
-        )
+        return make_phase_run(config, store)
 
     return make
 
@@ -95,7 +71,7 @@ def train(run, steps):
 
 
 def stored(run):
-    return CheckpointStore(f"{run.job.run_dir}/ema_snapshots/prior")
+    return CheckpointStore(f"{run.config.output_dir}/ema_snapshots/prior")
 
 
 def snapshot(run):

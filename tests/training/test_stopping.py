@@ -21,14 +21,14 @@ from ray_pipeline.training.setup import PhaseJob
 from ray_pipeline.training.stopping import open_board
 
 
-def config_of(**settings):
-    return parse_config({"phases": [{"name": "one", "epochs": 1}], "ray": settings})
+def config_of(folder: Path, **settings):
+    return parse_config({"output_dir": str(folder), "phases": [{"name": "one", "epochs": 1}], "ray": settings})
 
 
 def attend(folder: Path, loop: Callable, board=None, **settings) -> None:
     """Run `loop(job, folder)` in Train workers as a phase is run."""
-    config, board = config_of(**settings), board or open_board()
-    trainer = make_trainer(config, PhaseJob({}, 0, str(folder), "", None, stop=board))
+    config, board = config_of(folder, **settings), board or open_board()
+    trainer = make_trainer(config, PhaseJob({}, 0, "", None, stop=board))
     trainer.train_loop_per_worker = lambda job: loop(job["stop"], folder)
     Attendance(config, board).attend(trainer)
 
@@ -242,8 +242,9 @@ def loop(job):
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 cluster.add_node(num_cpus=2)
 ray.init(address=cluster.address, log_to_driver=False)
-config, board = parse_config({"phases": [{"name": "one", "epochs": 1}]}), open_board()
-trainer = make_trainer(config, PhaseJob({}, 0, tempfile.mkdtemp(), "", None, stop=board))
+config = parse_config({"output_dir": tempfile.mkdtemp(), "phases": [{"name": "one", "epochs": 1}]})
+board = open_board()
+trainer = make_trainer(config, PhaseJob({}, 0, "", None, stop=board))
 trainer.train_loop_per_worker = loop
 run = threading.Thread(target=Attendance(config, board).attend, args=(trainer,))
 run.start()

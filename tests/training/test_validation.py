@@ -1,23 +1,20 @@
 """Two validations of one model are equal to the bit, and a tile's loss is its own, whatever is validated beside it."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from phase_runs import make_phase_run
 from scipy import stats
 
-from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import spread
-from ray_pipeline.data.mixture import make_mixture
 from ray_pipeline.diffusion.edm import EDM
 from ray_pipeline.diffusion.noise import draw
-from ray_pipeline.training.build import make_edm, make_network, make_optimizer
+from ray_pipeline.training.build import make_network, make_optimizer
 from ray_pipeline.training.ema import EMA
-from ray_pipeline.training.setup import PhaseJob, PhaseRun, Start
 from ray_pipeline.training.state import TrainState
 from ray_pipeline.training.validation import Validation, other_tiles, paired_gain, untrained_loss, validate
 
@@ -42,7 +39,7 @@ def write_store(write_latents):
     return lambda root, values, std=1.0: write_latents(root, values, HINTS, ["denoising"], std=std)
 
 
-def make_run(folder: Path, store: LatentStore, rows=None, hints=(), fresh=False, batch_size=4, levels=3, **changes):
+def make_run(store: LatentStore, rows=None, hints=(), fresh=False, batch_size=4, levels=3, **changes):
     """One worker's view of a phase, on the CPU; an untrained network returns zero, so its weights are drawn."""
     phase = {"name": "p", "epochs": 1, "condition_types": list(hints)}
     sections = {"train": {"batch_size": batch_size, "global_batch": 8, "precision": "fp32"}}
@@ -59,26 +56,12 @@ def make_run(folder: Path, store: LatentStore, rows=None, hints=(), fresh=False,
                 parameter.normal_(0, 0.1)
     rows = np.arange(ROWS) if rows is None else np.asarray(rows)
     fields = {
-        "job": PhaseJob({}, 0, str(folder), str(store.folder), None),
-        "config": config,
-        "phase": config.phases[0],
-        "rank": 0,
-        "world_size": 1,
-        "device": torch.device("cpu"),
-        "train_store": store,
-        "val_store": store,
-        "source": store,
-        "mixture": make_mixture(config, config.phases[0], store.datasets, "store"),
         "val_rows": rows,
         "val_simulated": np.zeros(len(rows), bool),
-        "checkpoints": CheckpointStore(folder / "checkpoints"),
-        "start": Start(),
-        "newest": None,
-        "edm": make_edm(config),
         "state": TrainState(network, make_optimizer(config, network), averages=[]),
         "model": network,
     }
-    return PhaseRun(**(fields | changes))
+    return make_phase_run(config, store, network=network, **fields | changes)
 
 
 @pytest.fixture
@@ -88,7 +71,7 @@ def store(tmp_path, write_store) -> LatentStore:
 
 @pytest.mark.parametrize("hints", [(), HINTS])
 def test_two_validations_of_one_model_are_equal_to_the_bit(tmp_path, store, hints):
-    run = make_run(tmp_path, store, hints=hints)
+    run = make_run(store, hints=hints)
     first = validate(run)
     torch.manual_seed(99)  # nothing random is left to the process
     torch.randn(5)
@@ -98,7 +81,7 @@ def test_two_validations_of_one_model_are_equal_to_the_bit(tmp_path, store, hint
     np.testing.assert_array_equal(first.losses, second.losses)
     assert (first.loss, first.by_sigma) == (second.loss, second.by_sigma)
     assert len(np.unique(first.losses)) == first.losses.size
-    again = validate(make_run(tmp_path, LatentStore.open(store.folder), hints=hints))
+    again = validate(make_run(LatentStore.open(store.folder), hints=hints))
     np.testing.assert_array_equal(again.losses, first.losses)
 
 
@@ -106,17 +89,17 @@ def test_two_validations_of_one_model_are_equal_to_the_bit(tmp_path, store, hint
 @pytest.mark.parametrize(("rows", "batch_size"), [([7, 2, 9], 4), ([11, 3, 0, 5, 1], 2), (range(ROWS), 1), ([4], 5)])
 def test_the_loss_of_a_tile_depends_on_nothing_that_is_validated_beside_it(tmp_path, store, hints, rows, batch_size):
     # another batch may change the last bits of a matrix product, another noise the first digit
-    whole = validate(make_run(tmp_path, store, hints=hints)).losses
-    some = validate(make_run(tmp_path, store, rows, hints, batch_size=batch_size)).losses
+    whole = validate(make_run(store, hints=hints)).losses
+    some = validate(make_run(store, rows, hints, batch_size=batch_size)).losses
     np.testing.assert_allclose(some, whole[list(rows)], rtol=1e-5)
 
 
 def test_a_loss_is_the_weighted_error_of_the_denoised_tile(tmp_path, store, write_store):
-    run = make_run(tmp_path, store)
+    run = make_run(store)
     found = validate(run)
     # a network that returns zero leaves D = c_skip x, so that the loss tells the noise: with x0 = 0 its energy
     blank = write_store(tmp_path / "blank", np.zeros((ROWS, 1, len(COLUMNS), *SHAPE), np.float16))
-    bare = validate(make_run(tmp_path, blank, fresh=True))
+    bare = validate(make_run(blank, fresh=True))
     energy = bare.losses * (bare.sigmas**2 + SIGMA_DATA**2) / SIGMA_DATA**2
     assert len(np.unique(energy.round(6))) == ROWS * 3  # each tile has noise of its own at each level
     assert stats.kstest(energy.ravel() * 256, "chi2", args=(256,)).pvalue > 1e-3
@@ -137,18 +120,18 @@ def test_a_loss_is_the_weighted_error_of_the_denoised_tile(tmp_path, store, writ
 def test_the_noise_belongs_to_seed_and_row(tmp_path, store):
     # a tile that is there twice, with real and with simulated degradations, is compared on one noise
     twice = [*range(6), *range(6)]
-    losses = validate(make_run(tmp_path, store, twice, batch_size=6)).losses
+    losses = validate(make_run(store, twice, batch_size=6)).losses
     np.testing.assert_array_equal(losses[:6], losses[6:])
-    other = validate(make_run(tmp_path, store, range(6), seed=1)).losses
+    other = validate(make_run(store, range(6), seed=1)).losses
     assert (np.abs(other - losses[:6]) > 1e-4).all()
 
 
 def test_ranks_share_the_tiles_and_their_sum_is_the_whole(tmp_path, store):
-    whole = validate(make_run(tmp_path, store, hints=HINTS)).losses
+    whole = validate(make_run(store, hints=HINTS)).losses
     # a group of this process alone: the sum over ranks is left to the test
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        shares = [validate(make_run(tmp_path, store, hints=HINTS, rank=r, world_size=5)).losses for r in range(5)]
+        shares = [validate(make_run(store, hints=HINTS, rank=r, world_size=5)).losses for r in range(5)]
     finally:
         torch.distributed.destroy_process_group()
     computed = np.stack([share.any(axis=1) for share in shares])
@@ -158,7 +141,7 @@ def test_ranks_share_the_tiles_and_their_sum_is_the_whole(tmp_path, store):
 
 
 def test_validation_judges_the_averaged_weights_and_leaves_the_trained_ones(tmp_path, store):
-    run = make_run(tmp_path, store)
+    run = make_run(store)
     plain = validate(run).losses
     run.state.averages = [EMA(run.state.network, decay=0.9)]
     np.testing.assert_array_equal(validate(run).losses, plain)  # a copy at first
@@ -212,9 +195,9 @@ def test_a_tile_alone_keeps_its_hints():
 def test_a_shuffled_validation_gives_each_tile_the_hints_of_the_other(tmp_path, store, write_store):
     moved = random_latents()
     moved[:, :, 1:] = moved[other_tiles(np.arange(ROWS)), :, 1:]
-    right = validate(make_run(tmp_path, store, hints=HINTS))
-    shuffled = validate(make_run(tmp_path, store, hints=HINTS), shuffled=True)
-    by_hand = validate(make_run(tmp_path, write_store(tmp_path / "moved", moved), hints=HINTS))
+    right = validate(make_run(store, hints=HINTS))
+    shuffled = validate(make_run(store, hints=HINTS), shuffled=True)
+    by_hand = validate(make_run(write_store(tmp_path / "moved", moved), hints=HINTS))
     np.testing.assert_array_equal(shuffled.losses, by_hand.losses)
     assert (shuffled.losses != right.losses).all()
 
@@ -223,10 +206,10 @@ def test_tiles_take_simulated_hints_where_their_data_set_says_so(tmp_path, store
     simulated = np.arange(ROWS) % 3 == 0
     swapped = random_latents()
     swapped[simulated, :, 1] = swapped[simulated, :, 3]
-    found = validate(make_run(tmp_path, store, hints=HINTS, val_simulated=simulated)).losses
-    by_hand = validate(make_run(tmp_path, write_store(tmp_path / "swapped", swapped), hints=HINTS)).losses
+    found = validate(make_run(store, hints=HINTS, val_simulated=simulated)).losses
+    by_hand = validate(make_run(write_store(tmp_path / "swapped", swapped), hints=HINTS)).losses
     np.testing.assert_array_equal(found, by_hand)
-    given = validate(make_run(tmp_path, store, hints=HINTS)).losses
+    given = validate(make_run(store, hints=HINTS)).losses
     np.testing.assert_array_equal((found != given).any(axis=1), simulated)
 
 
@@ -242,7 +225,7 @@ def test_losses_by_noise_level_average_to_the_loss(levels, p_std):
 
 
 def test_noise_levels_are_the_middles_of_equal_shares_of_the_training_distribution(tmp_path, store):
-    found = validate(make_run(tmp_path, store, levels=5))
+    found = validate(make_run(store, levels=5))
     np.testing.assert_allclose(found.sigmas, stats.lognorm.ppf((np.arange(5) + 0.5) / 5, s=1.2, scale=np.exp(-1.2)))
     assert list(found.by_sigma) == [f"{sigma:.3g}" for sigma in found.sigmas]
 
@@ -259,10 +242,10 @@ def test_standard_errors_are_those_over_tiles():
 
 
 def test_a_fresh_network_scores_one_on_normalised_latents_alone(tmp_path, store, write_store):
-    loss, error = untrained_loss(make_run(tmp_path, store, fresh=True))
+    loss, error = untrained_loss(make_run(store, fresh=True))
     assert loss == pytest.approx(1, abs=0.05)
     assert error == 0  # of all tiles
-    sampled, error = untrained_loss(make_run(tmp_path, store, fresh=True), limit=5)
+    sampled, error = untrained_loss(make_run(store, fresh=True), limit=5)
     assert abs(sampled - 1) < 4 * error + 0.02
     wrong = write_store(tmp_path / "wrong", random_latents(), std=2.0)
-    assert untrained_loss(make_run(tmp_path, wrong, fresh=True))[0] < 0.8
+    assert untrained_loss(make_run(wrong, fresh=True))[0] < 0.8
