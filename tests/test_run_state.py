@@ -13,15 +13,6 @@ from ray_pipeline.retention import best_of
 from ray_pipeline.run_state import mend_state, read_run, read_state, rebuild
 
 
-@pytest.fixture
-def run(make_run):
-    """Phase "one" is finished, "two" has one of two epochs."""
-    run = make_run()
-    run.train("one", 4, finish=True)
-    run.train("two", 1)
-    return run
-
-
 def without_times(state: phase_state.PhaseState) -> dict:
     plain = state.model_dump()
     plain["history"] = [(entry["event"], entry["message"]) for entry in plain["history"]]
@@ -39,38 +30,38 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_state_file_is_rebuilt_as_it_was(run, damage):
-    before = phase_state.load(run.state_file)
-    DAMAGES[damage](run.state_file)
-    found = read_state(run.config)
-    assert str(run.state_file) in found.problem
+def test_a_state_file_is_rebuilt_as_it_was(half_run, damage):
+    before = phase_state.load(half_run.state_file)
+    DAMAGES[damage](half_run.state_file)
+    found = read_state(half_run.config)
+    assert str(half_run.state_file) in found.problem
     assert without_times(found.state) == without_times(before)
 
 
-def test_who_trains_writes_it_and_keeps_the_damaged_one_and_who_reads_touches_nothing(run, capsys):
-    DAMAGES["truncated"](run.state_file)
-    damaged = run.state_file.read_bytes()
-    assert main(["status", str(run.folder)]) == 0
+def test_who_trains_writes_it_and_keeps_the_damaged_one_and_who_reads_touches_nothing(half_run, capsys):
+    DAMAGES["truncated"](half_run.state_file)
+    damaged = half_run.state_file.read_bytes()
+    assert main(["status", str(half_run.folder)]) == 0
     told = capsys.readouterr()
     assert "two: running" in told.out
     assert "phase_state.json is damaged" in told.err
     assert "rebuilt from checkpoints and records" in told.err
-    assert run.state_file.read_bytes() == damaged
-    assert not list(run.folder.glob("*.damaged"))
+    assert half_run.state_file.read_bytes() == damaged
+    assert not list(half_run.folder.glob("*.damaged"))
     words = r"rebuilt from 5 checkpoints in .*/run/checkpoints .*kept as phase_state\.json\.damaged"
     with pytest.warns(UserWarning, match=words):
-        mended = mend_state(run.config)
-    assert (run.folder / "phase_state.json.damaged").read_bytes() == damaged
-    assert phase_state.load(run.state_file) == mended
+        mended = mend_state(half_run.config)
+    assert (half_run.folder / "phase_state.json.damaged").read_bytes() == damaged
+    assert phase_state.load(half_run.state_file) == mended
     assert mended.history[-1].event == "rebuilt"
-    assert read_state(run.config).problem == ""
+    assert read_state(half_run.config).problem == ""
 
 
-def test_a_whole_file_is_left_alone_whatever_the_checkpoints_say(run):
-    before = run.state_file.read_bytes()
-    shutil.rmtree(run.folder / "checkpoints")
-    assert mend_state(run.config) == phase_state.load(run.state_file)
-    assert run.state_file.read_bytes() == before
+def test_a_whole_file_is_left_alone_whatever_the_checkpoints_say(half_run):
+    before = half_run.state_file.read_bytes()
+    shutil.rmtree(half_run.folder / "checkpoints")
+    assert mend_state(half_run.config) == phase_state.load(half_run.state_file)
+    assert half_run.state_file.read_bytes() == before
 
 
 def test_nothing_is_missed_where_nothing_was_trained(make_run):
@@ -82,43 +73,45 @@ def test_nothing_is_missed_where_nothing_was_trained(make_run):
     assert not run.state_file.exists()
 
 
-def test_a_phase_whose_finish_no_record_tells_is_opened_again(run):
-    log = run.folder / "logs" / "metrics.jsonl"
+def test_a_phase_whose_finish_no_record_tells_is_opened_again(half_run):
+    log = half_run.folder / "logs" / "metrics.jsonl"
     log.write_text("".join(line for line in log.open() if '"finished"' not in line))
-    assert rebuild(run.config).phase("one").status == "running"
+    assert rebuild(half_run.config).phase("one").status == "running"
     log.unlink()
-    rebuilt = rebuild(run.config)
+    rebuilt = rebuild(half_run.config)
     assert [progress.status for progress in rebuilt.phases.values()] == ["running", "running"]
     assert rebuilt.phase("one").step == 12
     assert rebuilt.phase("one").best.checkpoint == "one_epoch_002.ckpt"
     assert rebuilt.history == []
 
 
-def test_a_finish_counts_only_for_the_newest_checkpoint(run):
-    run.store.delete("one_epoch_004")  # as when its last checkpoint was damaged: the phase goes back to the one before
-    rebuilt = rebuild(run.config).phase("one")
+def test_a_finish_counts_only_for_the_newest_checkpoint(half_run):
+    half_run.store.delete(
+        "one_epoch_004"
+    )  # as when its last checkpoint was damaged: the phase goes back to the one before
+    rebuilt = rebuild(half_run.config).phase("one")
     assert (rebuilt.status, rebuilt.step, rebuilt.last) == ("running", 9, "one_epoch_003.ckpt")
-    shutil.rmtree(run.folder / "checkpoints")
-    assert rebuild(run.config).phase("one").status == "running"
+    shutil.rmtree(half_run.folder / "checkpoints")
+    assert rebuild(half_run.config).phase("one").status == "running"
 
 
-def test_a_torn_record_costs_nothing_but_itself(run):
-    before = rebuild(run.config)
-    log = run.folder / "logs" / "metrics.jsonl"
+def test_a_torn_record_costs_nothing_but_itself(half_run):
+    before = rebuild(half_run.config)
+    log = half_run.folder / "logs" / "metrics.jsonl"
     log.write_bytes(log.read_bytes() + b'{"event": "checkp')
-    assert without_times(rebuild(run.config)) == without_times(before)
+    assert without_times(rebuild(half_run.config)) == without_times(before)
 
 
-def test_checkpoints_tell_enough_without_the_newer_keys(run):
+def test_checkpoints_tell_enough_without_the_newer_keys(half_run):
     """Those that an earlier version wrote name neither metrics nor total_steps."""
     import torch
 
-    run.store.save(
+    half_run.store.save(
         "two_epoch_002",
         {"model": {"w": torch.zeros(1)}},
         {"phase": "two", "step": 6, "position": 48, "epoch": 2, "attempt": 3, "kind": "last", "val_loss": 0.4},
     )
-    progress = rebuild(run.config).phase("two")
+    progress = rebuild(half_run.config).phase("two")
     assert (progress.step, progress.steps, progress.attempt) == (6, None, 3)
     assert progress.metrics == {"val_loss": 0.4}
     assert progress.best.checkpoint == "two_epoch_002.ckpt"
@@ -137,28 +130,28 @@ def test_the_best_is_one_that_a_validation_of_its_own_scored():
     assert best_of({name: states[name] for name in "def"}) is None
 
 
-def test_a_lost_config_is_that_of_the_newest_checkpoint(run, capsys):
+def test_a_lost_config_is_that_of_the_newest_checkpoint(half_run, capsys):
     """Not of the newest by name or step: that of the last phase."""
-    (run.folder / "config.yaml").unlink()
+    (half_run.folder / "config.yaml").unlink()
     with pytest.warns(UserWarning, match=r"config\.yaml is lost; .*\(two, step 3\)"):
-        assert read_run(run.folder).config == run.config
-    assert main(["status", str(run.folder)]) == 0
+        assert read_run(half_run.folder).config == half_run.config
+    assert main(["status", str(half_run.folder)]) == 0
     assert "two: running" in capsys.readouterr().out
-    assert not (run.folder / "config.yaml").exists()
-    shutil.rmtree(run.folder / "checkpoints")
+    assert not (half_run.folder / "config.yaml").exists()
+    shutil.rmtree(half_run.folder / "checkpoints")
     with pytest.raises(UserError, match=r"holds no run \(no config\.yaml\)"):
-        read_run(run.folder)
+        read_run(half_run.folder)
 
 
-def test_a_damaged_config_is_told_with_what_to_do(run):
-    path = run.folder / "config.yaml"
+def test_a_damaged_config_is_told_with_what_to_do(half_run):
+    path = half_run.folder / "config.yaml"
     path.write_bytes(b"phases: [{name: one")
     with pytest.raises(UserError, match=r"config\.yaml is not readable YAML.*take it away and `train --resume`"):
-        read_run(run.folder)
+        read_run(half_run.folder)
 
 
-def test_a_run_that_was_moved_is_read_where_it_lies(run, tmp_path):
-    os.rename(run.folder, tmp_path / "moved")
+def test_a_run_that_was_moved_is_read_where_it_lies(half_run, tmp_path):
+    os.rename(half_run.folder, tmp_path / "moved")
     assert read_run(tmp_path / "moved").config.checkpoint_store == str(tmp_path / "moved" / "checkpoints")
 
 
