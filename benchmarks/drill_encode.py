@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import psutil
+from small_run import descendants
 
 from ray_pipeline.data.sources.simulate import simulate
 
@@ -118,14 +119,7 @@ def finish(job: subprocess.Popen) -> None:
 
 def actors_of(pid: int) -> list[psutil.Process]:
     """Processes of the driver's Ray that hold an autoencoder actor."""
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if "ShardEncoder" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:  # it ended meanwhile
-            continue
-    return found
+    return descendants(psutil.Process(pid), "ShardEncoder")
 
 
 def stored_shards(store: Path) -> int:

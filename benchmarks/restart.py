@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 from disturbances import small_cluster
-from small_run import SmallRun, prepare, train_workers
+from small_run import TRAIN_WORKER, SmallRun, descendants, prepare
 
 MOST_SECONDS_LATER = 5.0
 #: between a start and the next kill; ours commits meanwhile
@@ -109,7 +109,7 @@ def kill_ours(config: Path, work: Path, address: str, kills: int) -> list[float]
 
 def timed(wait: Callable[[], object]) -> float:
     """Kill the worker and wait -> seconds."""
-    (worker,) = train_workers()
+    (worker,) = descendants(psutil.Process(), TRAIN_WORKER)
     started = time.perf_counter()
     worker.kill()
     wait()
@@ -118,7 +118,7 @@ def timed(wait: Callable[[], object]) -> float:
 
 def end(driver: psutil.Popen) -> None:
     """End a driver, and wait until Ray has ended its workers."""
-    workers = train_workers()
+    workers = descendants(psutil.Process(), TRAIN_WORKER)
     driver.kill()
     driver.wait()
     if psutil.wait_procs(workers, timeout=120)[1]:

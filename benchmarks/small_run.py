@@ -17,6 +17,8 @@ from ray_pipeline.monitoring.phase_state import utc_now
 
 PHASES = ("phase1_unconditional", "phase2_conditional")
 TIMEOUT_SECONDS = 600
+#: in the title of a process of Ray Train that trains
+TRAIN_WORKER = "RayTrainWorker"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "drill", "AWS_SECRET_ACCESS_KEY": "drill", "AWS_EC2_METADATA_DISABLED": "true"}
 _CONFIG = """
 data: {{root: {work}/data, tile_size: 64, shard_rows: 8}}
@@ -51,13 +53,13 @@ def prepare(
     return config, made.tiles["train"]
 
 
-def train_workers() -> list[psutil.Process]:
-    """Ray Train's workers among the descendants of this process alone: others may run Ray on this machine."""
+def descendants(process: psutil.Process, title: str) -> list[psutil.Process]:
+    """Processes under `process` that call themselves by a name with `title` in it; others may run Ray here too."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for child in process.children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
+            if title in " ".join(child.cmdline()):
+                found.append(child)
         except psutil.Error:  # it ended meanwhile
             continue
     return found
@@ -140,7 +142,7 @@ class SmallRun:
 
     def workers(self) -> list[psutil.Process]:
         """Training processes of the attempt that runs now."""
-        return [process for process in train_workers() if process not in self.superseded]
+        return [process for process in descendants(psutil.Process(), TRAIN_WORKER) if process not in self.superseded]
 
     def writer(self) -> psutil.Process | None:
         """Rank 0 of the attempt that runs now: the one that has the records open."""

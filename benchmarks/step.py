@@ -143,31 +143,19 @@ def _config(arguments: argparse.Namespace):
 
 
 def _our_step(arguments: argparse.Namespace):
-    from ray_pipeline.data.mixture import Member, Mixture
-    from ray_pipeline.data.plan import SamplePlan
-    from ray_pipeline.training.build import make_edm, make_network, make_state, prepare_torch
-    from ray_pipeline.training.loss import TrainingLoss
-    from ray_pipeline.training.setup import PhaseRun, Start
+    from bare_run import bare_run
+
+    from ray_pipeline.training.build import prepare_torch
     from ray_pipeline.training.step import MicroBatch, optimize
 
     config = _config(arguments)
     prepare_torch(config, torch.device("cpu"), local_workers=1)
-    torch.manual_seed(0)
-    phase, edm = config.phases[0], make_edm(config)
-    state = make_state(config, make_network(config, phase))
-    # everything an optimizer step touches; data, checkpoints and records have no part in it
-    plan = SamplePlan(1000, config.train.global_batch, config.seed, phase.name)
-    run = PhaseRun(
-        job=None, config=config, phase=phase, rank=0, world_size=1, device=torch.device("cpu"), edm=edm,
-        mixture=Mixture((Member("rows", 0, 1000, None, simulated=False),), plan), train_store=None, val_store=None,
-        source=None, val_rows=None, val_simulated=None, checkpoints=None, start=Start(), newest=None, state=state,
-        model=TrainingLoss(edm, state.network),
-    )  # fmt: skip
+    run = bare_run(config)
     x0, noise, z = _batch(arguments)
     batches = [MicroBatch(x0=x0, noise=noise, z=z, hints=None, mask=None)]
 
     def step() -> float:
-        return optimize(run, state.step, batches).loss
+        return optimize(run, run.state.step, batches).loss
 
     return step
 
