@@ -12,6 +12,7 @@ import re
 import secrets
 import socket
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +22,8 @@ from ray_pipeline.monitoring.phase_state import utc_now
 from ray_pipeline.storage import Folder
 
 FOLDER = "attempts"
+#: small files that are read at once
+READERS = 16
 _NAME = re.compile(r"attempt_(\d{6,})\.json")
 
 
@@ -99,7 +102,8 @@ def begin_attempt(store: Folder, phase: str, world_size: int) -> Attempt:
 def read_attempts(store: Folder) -> list[AttemptRecord]:
     """All attempts at the run whose checkpoints lie in `store`, by number."""
     folder = store.child(FOLDER)
-    return [_read(folder, number) for number in _numbers(folder)]
+    with ThreadPoolExecutor(READERS) as pool:  # a request to object storage is mostly waiting
+        return list(pool.map(lambda number: _read(folder, number), _numbers(folder)))
 
 
 def counts(state: Mapping[str, Any], attempts: Sequence[AttemptRecord]) -> bool:

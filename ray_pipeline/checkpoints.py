@@ -13,13 +13,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from ray_pipeline.attempts import Attempt, AttemptRecord, begin_attempt, counts, read_attempts
+from ray_pipeline.attempts import READERS, Attempt, AttemptRecord, begin_attempt, counts, read_attempts
 from ray_pipeline.errors import UserError
 from ray_pipeline.storage import Folder, StorageError
 from ray_pipeline.tensor_files import Hashed, read_tensors, tensor_parts
@@ -113,6 +114,15 @@ class Checkpoint(Mapping[str, dict[str, Tensor]]):
 
 
 @dataclass(frozen=True)
+class Listing:
+    """What a store holds of a phase, or of all. checkpoints: those that count, by phase and position; strays: folders
+    named like a checkpoint of the phase that are none, or do not count."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    strays: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Found:
     """The newest checkpoint that can be used, and in words each newer one that cannot."""
 
@@ -193,18 +203,24 @@ class CheckpointStore:
         """Committed checkpoints of a phase (default: of all) that count, by phase and position."""
         return [checkpoint.name for checkpoint in self.checkpoints(phase)]
 
-    def checkpoints(self, phase: str | None = None) -> list[Checkpoint]:
+    def checkpoints(self, phase: str | None = None) -> tuple[Checkpoint, ...]:
         """As `names`, opened."""
-        attempts = self.attempts()
-        found = []
-        for name in self._folder.folders():
-            folder = self._folder.child(name)
-            record = _record(folder) if name.endswith(SUFFIX) else None
-            if record is None or phase not in (None, record["state"].get("phase")):
-                continue
-            if counts(record["state"], attempts):
-                found.append(Checkpoint(folder, record))
-        return sorted(found, key=lambda one: (str(one.state.get("phase")), one.state.get("position", 0), one.name))
+        return self.listing(phase).checkpoints
+
+    def listing(self, phase: str | None = None) -> Listing:
+        """What there is, at one look; strays only of a phase."""
+        attempts, found, strays = self.attempts(), [], []
+        folders = [self._folder.child(name) for name in self._folder.folders() if name.endswith(SUFFIX)]
+        own = re.compile(rf"{re.escape(phase or '')}_(epoch|step)_\d+{re.escape(SUFFIX)}")
+        with ThreadPoolExecutor(READERS) as pool:  # a request to object storage is mostly waiting
+            for folder, record in zip(folders, pool.map(_record, folders), strict=True):
+                if record is not None and counts(record["state"], attempts):
+                    if phase in (None, record["state"].get("phase")):
+                        found.append(Checkpoint(folder, record))
+                elif own.fullmatch(folder.name):
+                    strays.append(folder.name)
+        found.sort(key=lambda one: (str(one.state.get("phase")), one.state.get("position", 0), one.name))
+        return Listing(tuple(found), tuple(strays))
 
     def latest(self, phase: str) -> Checkpoint | None:
         """The newest checkpoint of a phase whose every byte is the committed one; None when there is none."""
@@ -212,12 +228,13 @@ class CheckpointStore:
 
     def search(self, phase: str) -> Found:
         """As `latest`, with what was passed over."""
+        listing = self.listing(phase)
         passed_over = [
             f"{self.path(name)} is no checkpoint that counts: its save was interrupted or its {MARK} was lost or "
             "changed, or a superseded attempt made it"
-            for name in self.strays(phase)
+            for name in listing.strays
         ]
-        for checkpoint in reversed(self.checkpoints(phase)):
+        for checkpoint in reversed(listing.checkpoints):
             try:
                 checkpoint.verify()
             except DamagedCheckpoint as error:
@@ -225,12 +242,6 @@ class CheckpointStore:
                 continue
             return Found(checkpoint, tuple(passed_over))
         return Found(None, tuple(passed_over))
-
-    def strays(self, phase: str) -> list[str]:
-        """Folders named like a checkpoint of this phase that are none, or do not count."""
-        known = set(self.names(phase))
-        own = re.compile(rf"{re.escape(phase)}_(epoch|step)_\d+{re.escape(SUFFIX)}")
-        return [name for name in self._folder.folders() if own.fullmatch(name) and name not in known]
 
     def delete(self, name: str) -> None:
         """Remove a checkpoint, its commit mark first."""

@@ -88,7 +88,7 @@ def test_folders_of_a_phase_whose_name_begins_alike_are_no_strays(tmp_path):
     store = CheckpointStore(tmp_path)
     for name in ("phase1_step_2_epoch_001.ckpt", "phase1_extra_epoch_001.ckpt", "phase1_epoch_001.ckpt"):
         (tmp_path / name).mkdir()
-    assert store.strays(PHASE) == ["phase1_epoch_001.ckpt"]
+    assert store.listing(PHASE).strays == ("phase1_epoch_001.ckpt",)
 
 
 def test_commits_of_other_phases_are_untouched_by_a_new_attempt(tmp_path):

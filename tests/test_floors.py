@@ -13,7 +13,7 @@ FLOORS = {
     "data": 1,
     "models": 0, "diffusion": 0, "monitoring": 0, "checkpoints": 0, "config": 0, "config_kinds": 0, "config_changes": 0,
     "attempts": 0, "tensor_files": 0, "retention": 0, "run_state": 0, "resume": 0, "sections": 0, "phase_sections": 0,
-    "storage": 0, "plugins": 0, "ray_session": 0, "errors": 0, "__init__": 0,
+    "storage": 0, "json_lines": 0, "plugins": 0, "ray_session": 0, "errors": 0, "__init__": 0,
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

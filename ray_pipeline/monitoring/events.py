@@ -6,14 +6,13 @@ up to two minutes, its writer thread dies on a full disk and the caller then wai
 file names, one a second, let a quick restart overwrite the attempt before it.
 """
 
-import json
 import logging
 import math
 import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from io import BytesIO, FileIO
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.json_lines import JsonLines, parse_line, whole_lines, write_whole
 from ray_pipeline.monitoring.phase_state import utc_now
 from ray_pipeline.storage import replace_file
 
@@ -156,26 +156,13 @@ def read_events(run_dir: str | Path, phase: str | None = None, event: str | None
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(_whole_lines(path.read_bytes()), start=1):
-        record = _parse(line)
+    for number, line in enumerate(whole_lines(path.read_bytes()), start=1):
+        record = parse_line(line)
         if record is None:
             logger.warning("%s line %d is damaged and was left out", path, number)
         elif phase in (None, record.get("phase")) and event in (None, record.get("event")):
             records.append(_restore_floats(record))
     return records
-
-
-def _whole_lines(data: bytes) -> Iterator[bytes]:
-    """Lines that end in a newline: an event and its newline are one write, so any other end is a torn one."""
-    yield from data.split(b"\n")[:-1]
-
-
-def _parse(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _restore_floats(record: dict) -> dict:
@@ -195,8 +182,8 @@ def cut_records(path: Path, phase: str, resume_step: int | None) -> None:
     if not path.exists():
         return
     kept = []
-    for line in _whole_lines(path.read_bytes()):
-        record = _parse(line)
+    for line in whole_lines(path.read_bytes()):
+        record = parse_line(line)
         ours = record is not None and record.get("phase") == phase
         behind = resume_step is not None and ours and record.get("step", 0) > resume_step
         if not behind or record.get("event") == EVENT_NAMES[FaultEvent]:  # what went wrong did so for good
@@ -204,36 +191,19 @@ def cut_records(path: Path, phase: str, resume_step: int | None) -> None:
     replace_file(path, b"".join(kept))
 
 
-class _JsonLines:
-    """Sink: one JSON object a line. What a full disk refuses is kept and written with the next event."""
+class _Records:
+    """Sink: metrics.jsonl."""
 
     def __init__(self, path: Path, phase: str, resume_step: int | None):
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_records(path, phase, resume_step)
-        self.path, self.file, self.kept = path, FileIO(path, "a"), b""
+        self.lines = JsonLines(path)
 
     def emit(self, event: Event) -> None:
-        line = json.dumps(to_record(event), allow_nan=False) + "\n"
-        self._write(self.kept + line.encode("ascii"))
+        self.lines.append(to_record(event))
 
     def close(self) -> None:
-        if self.kept and not self.file.closed:
-            self._write(self.kept)
-        self.file.close()
-        if self.kept:
-            raise OSError(f"the last {len(self.kept)} bytes of records could not be written")
-
-    def _write(self, data: bytes) -> None:
-        size = os.fstat(self.file.fileno()).st_size
-        try:
-            _write_whole(self.file, data)
-        except OSError as error:
-            os.ftruncate(self.file.fileno(), size)  # part of a line may be there
-            if not self.kept:
-                logger.warning("%s cannot be written (%s); its records are kept until it can", self.path, error)
-            self.kept = data
-        else:
-            self.kept = b""
+        self.lines.close()
 
 
 class _TensorBoard:
@@ -279,16 +249,10 @@ class _TensorBoard:
         data = self._event(wall_time=time.time(), **event_fields).SerializeToString()
         length = struct.pack("<Q", len(data))
         checksums = (struct.pack("<I", self._checksum(part)) for part in (length, data))
-        _write_whole(self.file, length + next(checksums) + data + next(checksums))
+        write_whole(self.file, length + next(checksums) + data + next(checksums))
 
     def close(self) -> None:
         self.file.close()
-
-
-def _write_whole(file: FileIO, data: bytes) -> None:
-    written = file.write(data)
-    if written != len(data):
-        raise OSError(f"only {written} of {len(data)} bytes were written (disk full?)")
 
 
 def tensorboard_scalars(event: Event) -> dict[str, float]:
@@ -324,7 +288,7 @@ class EventLog:
             )
         path = metrics_path(run_dir)
         self._sinks: dict[str, Any] = {}
-        self._add(str(path), lambda: _JsonLines(path, phase, resume_step))
+        self._add(str(path), lambda: _Records(path, phase, resume_step))
         if tensorboard:
             folder = path.parent / "tensorboard" / phase
             self._add(str(folder), lambda: _TensorBoard(folder, resume_step))

@@ -30,11 +30,11 @@ class Commits:
     ):
         self.run, self._fault, self._tell = run, fault, committed
         self.saver = Saver()
-        found = run.checkpoints.checkpoints(run.phase.name)
+        found = run.checkpoints.listing(run.phase.name)
         #: of checkpoints that are committed, or are being saved, by name
-        self.states: dict[str, Mapping] = {checkpoint.name: checkpoint.state for checkpoint in found}
+        self.states: dict[str, Mapping] = {checkpoint.name: checkpoint.state for checkpoint in found.checkpoints}
         self._pending: dict[str, float] = {}  # seconds that training stood still for it
-        self._strays = tuple(run.checkpoints.strays(run.phase.name))
+        self._strays = found.strays
         self._words = ""
         self._plan_next()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from ray_pipeline.config import Config
 from ray_pipeline.errors import RunStopped, UserError, find_user_error
+from ray_pipeline.json_lines import parse_line
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import metrics_path
 from ray_pipeline.monitoring.progress import Progress
@@ -248,8 +248,8 @@ def _follow(path: Path, offset: int, phase: str, global_batch: int, stopped: thr
         whole = data[: data.rfind(b"\n") + 1]
         offset += len(whole)
         for line in whole.splitlines():
-            record = json.loads(line)
-            if record.get("phase") != phase:
+            record = parse_line(line)  # None where a resume has cut away the beginning of a line
+            if record is None or record.get("phase") != phase:
                 continue
             if progress is None and record["event"] == "phase":
                 progress = Progress(

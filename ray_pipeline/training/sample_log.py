@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from io import FileIO
+import logging
 from pathlib import Path
 
+from ray_pipeline.json_lines import JsonLines
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import StepInput
+
+logger = logging.getLogger(__name__)
 
 
 class SampleLog:
@@ -16,16 +18,17 @@ class SampleLog:
 
     def __init__(self, run: PhaseRun):
         folder = Path(run.config.output_dir, "logs", "samples", run.phase.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = FileIO(folder / f"attempt_{run.start.attempt:06d}_rank_{run.rank}.jsonl", "w")
+        self.lines = JsonLines(folder / f"attempt_{run.start.attempt:06d}_rank_{run.rank}.jsonl")
 
     def __enter__(self) -> SampleLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.file.close()
+        try:
+            self.lines.close()
+        except OSError as error:
+            logger.warning("%s", error)
 
     def add(self, taken: StepInput) -> None:
         """Record a step that is done."""
-        line = {"step": taken.step + 1, "index": taken.positions.tolist()}
-        self.file.write(json.dumps(line).encode() + b"\n")
+        self.lines.append({"step": taken.step + 1, "index": taken.positions.tolist()})

@@ -17,7 +17,9 @@ from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
 from ray_pipeline.retention import obsolete_names
 from ray_pipeline.training.records import PhaseRecords
+from ray_pipeline.training.sample_log import SampleLog
 from ray_pipeline.training.setup import Start
+from ray_pipeline.training.step import StepInput
 from ray_pipeline.training.validation import Validation
 
 MODEL = {
@@ -156,6 +158,20 @@ def test_a_step_is_not_saved_twice(run):
         records.after_step(save=True)
         assert records.commits.saver.drain(60)
         assert committed(run) == [4]
+
+
+def test_a_sample_log_that_a_full_disk_refused_is_written_once_there_is_room(run, caplog):
+    def takes(steps):
+        for step in steps:
+            log.add(StepInput(step, np.arange(100), ()))
+
+    with SampleLog(run) as log:
+        with full_disk():
+            takes(range(100))
+        assert caplog.text.count("cannot be written") == 1
+        takes([100])
+    lines = log.lines.path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 102))
 
 
 def test_records_that_a_full_disk_refused_are_written_once_there_is_room(run):
