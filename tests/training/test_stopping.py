@@ -138,25 +138,34 @@ def test_wrong_input_that_a_worker_finds_ends_the_run_without_a_retry(ray_cluste
     assert (tmp_path / "starts").read_text() == "started\n"
 
 
-def test_a_rank_that_raises_stops_the_others_and_its_traceback_arrives_after_the_last_retry(ray_cluster, tmp_path):
+def test_a_rank_that_hangs_or_raises_stops_the_others_and_the_last_traceback_arrives(ray_cluster, tmp_path):
+    """The first attempt ends by the time-out of the collective operation, the second by an error of one rank."""
+
     def loop(board, folder):
         import time
 
         import ray.train
+        import torch
 
+        attempt = folder / f"attempt_{ray.train.get_context().get_world_rank()}"
+        first = not attempt.exists()
+        with attempt.open("a") as file:
+            file.write("started\n")
         if ray.train.get_context().get_world_rank() == 0:
+            if first:
+                torch.distributed.barrier()
+            time.sleep(3000)
+        if first:
             time.sleep(3000)
 
         def divide_by_nothing(depth):
-            with (folder / "starts").open("a") as file:
-                file.write("started\n")
             return 1 / depth
 
         divide_by_nothing(0)
 
     with pytest.raises(RuntimeError, match=r"rank 1: (.|\n)*in divide_by_nothing\n(.|\n)*ZeroDivisionError"):
-        attend(tmp_path, loop, num_workers=2, max_failures=1)
-    assert (tmp_path / "starts").read_text() == "started\n" * 2
+        attend(tmp_path, loop, num_workers=2, max_failures=1, timeout_minutes=0.3)
+    assert [(tmp_path / f"attempt_{rank}").read_text() for rank in (0, 1)] == ["started\n" * 2] * 2
 
 
 def test_a_worker_whose_board_is_lost_trains_on(ray_cluster, tmp_path):
@@ -202,13 +211,13 @@ def test_workers_that_find_no_place_are_waited_for_so_long_and_the_words_say_wha
         ({"resources_per_worker": {"microscope": 1}}, "needs 1 microscope, but this Ray has 0"),
     ],
 )
-def test_workers_that_can_never_be_placed_are_refused_at_once(ray_cluster, settings, said):
+def test_workers_that_can_never_be_placed_are_refused_at_once(ray_cluster, settings, said, tmp_path):
     with pytest.raises(UserError, match=said):
-        check_resources(config_of(**settings))
+        check_resources(config_of(tmp_path, **settings))
 
 
-def test_an_elastic_run_needs_room_for_the_fewest_workers_alone(ray_cluster):
-    check_resources(config_of(num_workers=[1, 64]))
+def test_an_elastic_run_needs_room_for_the_fewest_workers_alone(ray_cluster, tmp_path):
+    check_resources(config_of(tmp_path, num_workers=[1, 64]))
 
 
 def test_a_notice_that_a_node_will_be_taken_away_asks_once_for_a_checkpoint(aws_environment):
