@@ -113,31 +113,6 @@ def test_workers_that_do_not_stop_are_ended_after_the_time_or_at_a_second_signal
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
 
 
-def test_wrong_input_that_a_worker_finds_ends_the_run_without_a_retry(ray_cluster, tmp_path):
-    """Run off the main thread, where no handler can be installed."""
-
-    def loop(board, folder):
-        from ray_pipeline.errors import UserError
-
-        with (folder / "starts").open("a") as file:
-            file.write("started\n")
-        raise UserError("tiles.csv has no column id; add it")
-
-    raised = []
-
-    def run() -> None:
-        try:
-            attend(tmp_path, loop, max_failures=3)
-        except UserError as error:
-            raised.append(str(error))
-
-    thread = Thread(target=run)
-    thread.start()
-    thread.join()
-    assert raised == ["tiles.csv has no column id; add it"]
-    assert (tmp_path / "starts").read_text() == "started\n"
-
-
 def test_a_rank_that_hangs_or_raises_stops_the_others_and_the_last_traceback_arrives(ray_cluster, tmp_path):
     """The first attempt ends by the time-out of the collective operation, the second by an error of one rank."""
 
@@ -168,28 +143,43 @@ def test_a_rank_that_hangs_or_raises_stops_the_others_and_the_last_traceback_arr
     assert [(tmp_path / f"attempt_{rank}").read_text() for rank in (0, 1)] == ["started\n" * 2] * 2
 
 
-def test_a_worker_whose_board_is_lost_trains_on(ray_cluster, tmp_path):
+def test_a_worker_trains_on_without_its_board_and_wrong_input_ends_the_run_without_a_retry(ray_cluster, tmp_path):
+    """Run off the main thread, where no handler can be installed."""
+
     def loop(board, folder):
         import time
 
+        from ray_pipeline.errors import UserError
         from ray_pipeline.training.stopping import StopWatch
 
+        with (folder / "starts").open("a") as file:
+            file.write("started\n")
         with StopWatch(board) as watch:
-            (folder / "training_0").write_text("")
             while not (folder / "lost").exists():
                 time.sleep(0.05)
             watch.committed(1, "step_1")
             time.sleep(2)
             (folder / "ended").write_text(watch.stop)
+        raise UserError("tiles.csv has no column id; add it")
 
-    board = open_board()
+    board, raised = open_board(), []
 
     def lose() -> None:
         ray.kill(board)
         (tmp_path / "lost").touch()
 
-    once((tmp_path / "training_0").exists, lose)
-    attend(tmp_path, loop, board)
+    def run() -> None:
+        try:
+            attend(tmp_path, loop, board, max_failures=3)
+        except UserError as error:
+            raised.append(str(error))
+
+    once((tmp_path / "starts").exists, lose)
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    assert raised == ["tiles.csv has no column id; add it"]
+    assert (tmp_path / "starts").read_text() == "started\n"
     assert (tmp_path / "ended").read_text() == ""
 
 
