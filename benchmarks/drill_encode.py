@@ -2,8 +2,9 @@
 
     python benchmarks/drill_encode.py --kills 10
 
-Every second kill takes an autoencoder actor, and the job must end by itself; the others take the driver, and the
-command is run again. Prints a line a kill; exits 1 where a store differs or a job does not end.
+Every second kill takes an autoencoder actor, and the job must go on by itself; the others take the driver, and the
+command is run again. A store is hit by both. Prints a line a kill; exits 1 where a store differs or a job does not end.
+All jobs run on one Ray, in turn.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+from disturbances import small_cluster
 from small_run import descendants
 
 from ray_pipeline.data.sources.simulate import simulate
 
 TIMEOUT_SECONDS = 300
+KINDS = ("driver", "actor")
 
 
 def main() -> int:
@@ -35,7 +39,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     moments = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, small_cluster((2,)) as nodes:
+        os.environ["RAY_ADDRESS"] = nodes.address
         work = Path(folder)
         simulate(work / "data", fields=arguments.fields, seed=1, field_size=64, tile_size=64)
         config = write_config(work, arguments.actors)
@@ -43,18 +48,16 @@ def main() -> int:
         expected = contents(work / "undisturbed")
         shards = sum(name.endswith(".npy") for name in expected)
         print(f"undisturbed: {len(expected)} files, {shards} shards", flush=True)
-        failures = 0
-        for number in range(arguments.kills):
-            kind = ("driver", "actor")[number % 2]
-            after = moments.randrange(0, shards - 1)
-            store = work / f"killed_{number}"
-            stored, restarts = drill(config, store, kind, after, moments.random())
+        hits, failures = 0, 0
+        while hits < arguments.kills:
+            kinds, store = KINDS[: arguments.kills - hits], work / f"killed_{hits}"
+            disturb(config, store, kinds, sorted(moments.sample(range(shards - 1), len(kinds))), moments)
+            hits += len(kinds)
             differing = differences(expected, contents(store))
             failures += bool(differing)
-            words = f"differs: {', '.join(differing[:3])}" if differing else "equal"
-            print(f"kill {number + 1}: {kind} after {stored} shards, {restarts} restart(s): {words}", flush=True)
+            print(f"{store.name}: {f'differs: {differing[:3]}' if differing else 'equal'}", flush=True)
             shutil.rmtree(store)
-    print(f"{arguments.kills - failures} of {arguments.kills} stores equal the undisturbed one")
+    print(f"{hits} kills: {failures or 'no'} store differs from the undisturbed one")
     return 1 if failures else 0
 
 
@@ -70,30 +73,27 @@ def write_config(work: Path, actors: int) -> Path:
     return config
 
 
-def drill(config: Path, store: Path, kind: str, after: int, part: float) -> tuple[int, int]:
-    """Kill once, when `after` shards are stored and up to 0.2 s later, then let the job end -> shards stored at the
-    kill, restarts by hand."""
+def disturb(config: Path, store: Path, kinds: Sequence[str], places: Sequence[int], moments: random.Random) -> None:
+    """Encode, and kill one of each kind when as many shards are stored as `places` say, and up to 0.2 s later."""
     job = start(config, store)
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while stored_shards(store) < after or not actors_of(job.pid):
-        if job.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"the job ended with {job.returncode} before it could be killed")
-        time.sleep(0.002)
-    time.sleep(0.2 * part)
-    stored = stored_shards(store)
-    victims = [psutil.Process(job.pid)] if kind == "driver" else actors_of(job.pid)[:1]
-    # its agents, which encode nothing, look only now and then whether their Ray is still there
-    family = [p for p in psutil.Process(job.pid).children(recursive=True) if not p.name().endswith("Agent")]
-    for victim in victims:
+    for kind, after in zip(kinds, places, strict=True):
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while stored_shards(store) < after or not actors():
+            if job.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the job ended with {job.returncode} before it could be killed")
+            time.sleep(0.002)
+        time.sleep(0.2 * moments.random())
+        stored, living = stored_shards(store), actors()
+        victim = psutil.Process(job.pid) if kind == "driver" else living[0]
         victim.kill()
-    if kind == "actor":
-        finish(job)
-        return stored, 0
-    job.wait()
-    # Ray's processes end with their driver; a new job must not compete with what is left of the old one
-    psutil.wait_procs(family, timeout=60)
-    finish(start(config, store))
-    return stored, 1
+        if kind == "driver":
+            job.wait()
+            psutil.wait_procs(living, timeout=60)  # a new job must not compete with what is left of the old one
+            job = start(config, store)
+        else:
+            psutil.wait_procs([victim], timeout=60)
+        print(f"kill: {kind} after {stored} shards", flush=True)
+    finish(job)
 
 
 def start(config: Path, store: Path) -> subprocess.Popen:
@@ -117,9 +117,9 @@ def finish(job: subprocess.Popen) -> None:
         raise SystemExit(f"the encode command ended with {job.returncode}")
 
 
-def actors_of(pid: int) -> list[psutil.Process]:
-    """Processes of the driver's Ray that hold an autoencoder actor."""
-    return descendants(psutil.Process(pid), "ShardEncoder")
+def actors() -> list[psutil.Process]:
+    """Processes that hold an autoencoder actor."""
+    return descendants(psutil.Process(), "ShardEncoder")
 
 
 def stored_shards(store: Path) -> int:

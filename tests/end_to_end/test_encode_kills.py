@@ -7,7 +7,7 @@ from pathlib import Path
 DRILL = Path(__file__).parents[2] / "benchmarks" / "drill_encode.py"
 
 
-def test_a_store_whose_driver_or_actor_was_killed_equals_an_undisturbed_one():
+def test_a_store_whose_driver_and_actor_were_killed_equals_an_undisturbed_one():
     done = subprocess.run(
         [sys.executable, DRILL, "--kills", "2", "--fields", "24", "--actors", "1"],
         capture_output=True,
@@ -15,6 +15,5 @@ def test_a_store_whose_driver_or_actor_was_killed_equals_an_undisturbed_one():
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    kills = [line for line in done.stdout.splitlines() if line.startswith("kill ")]
-    assert [line.split()[2] for line in kills] == ["driver", "actor"], done.stdout
-    assert all(line.endswith(": equal") for line in kills), done.stdout
+    kills = [line for line in done.stdout.splitlines() if line.startswith("kill")]
+    assert [line.split(" after ")[0] for line in kills] == ["kill: driver", "kill: actor", "killed_0: equal"], kills
