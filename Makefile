@@ -43,6 +43,7 @@ drill: $(STAMP)  ## kill -9 of the encode job and of training at random moments,
 	$(BIN)/python benchmarks/drill_encode.py --kills 10
 	$(BIN)/python benchmarks/drill_training.py
 	$(BIN)/python benchmarks/drill_elastic.py
+	$(BIN)/python benchmarks/drill_sweep.py
 
 clean-demo:
 	rm -rf demo_output

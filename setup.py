@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "zarr": ["zarr>=3"],  # OME-Zarr folders
+        "optuna": ["optuna>=4"],  # sweep.search
         "depth": ["transformers>=4.45"],  # data.hints.depth.model
         "dev": [
             "pytest>=8",
@@ -49,6 +50,7 @@ setup(
             "flask-cors>=4",
             "zarr>=3",
             "transformers>=4.45",
+            "optuna>=4",
             "setuptools>=68",  # the tests install an example package
         ],
         "bench": ["streaming-community>=0.12"],  # MosaicML Streaming's maintained fork, to compare with

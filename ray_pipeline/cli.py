@@ -66,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="print steps, memory, disk and time; write nothing")
     train.add_argument("--verbose", action="store_true", help="show what Ray's workers print")
+    sweep = _add(commands, "sweep", _sweep, "search between the phases alone; train --resume goes on from its winner")
+    add_config(sweep)
+    sweep.add_argument("--resume", action="store_true", help="go on where the sweep in output_dir stopped")
+    sweep.add_argument("--verbose", action="store_true", help="show what Ray's workers print")
     add_inference_commands(partial(_add, commands))
     status = _add(commands, "status", _status, "print where a run stands", "ray-pipeline status demo_output/run")
     status.add_argument("run", type=Path, help="the run's output_dir")
@@ -143,6 +147,21 @@ def _train(arguments) -> None:
     print(f"          {run_dir / 'plots'}")
     print(f"weights   {ascii_text(config.checkpoint.store or str(run_dir / 'checkpoints'))}")
     print(f"records   tensorboard --logdir {run_dir / 'logs' / 'tensorboard'}")
+
+
+def _sweep(arguments) -> None:
+    from ray_pipeline import pipeline
+
+    folder = pipeline.sweep(
+        _load(arguments),
+        resume=arguments.resume,
+        verbose=arguments.verbose,
+        say=lambda words: print(ascii_text(words), flush=True),
+    )
+    print(f"results   {folder / 'results.csv'}")
+    print(f"          {folder / 'sweep.png'}")
+    print(f"winner    {folder / 'winner.json'}")
+    print(f"next      ray-pipeline train {config_words(arguments)} --resume")
 
 
 def _status(arguments) -> None:

@@ -27,11 +27,11 @@ from ray_pipeline.sections import (
     RayConfig,
     SchedulerConfig,
     Section,
-    SweepConfig,
     TrainConfig,
     VaeConfig,
     flatten,
 )
+from ray_pipeline.sweep_sections import SweepConfig
 
 # what pydantic says in Python's words
 _EXPECTED = {"tuple_type": "Expected a list", "model_type": "Expected keys and values"}

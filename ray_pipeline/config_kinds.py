@@ -53,8 +53,8 @@ JUDGED = (
         "what is written and drawn beside the training",
         (
             "checkpoint.every_minutes", "checkpoint.background", "phases.*.epochs_to_save", "ema.snapshots",
-            "monitoring.log_every_n_steps", "monitoring.val_check_interval", "monitoring.plot_loss",
-            "monitoring.plot_lr", "monitoring.plot_samples", "monitoring.sample_every_n_epochs",
+            "monitoring.log_every_n_steps", "monitoring.val_check_interval", "monitoring.val_averages",
+            "monitoring.plot_loss", "monitoring.plot_lr", "monitoring.plot_samples", "monitoring.sample_every_n_epochs",
             "monitoring.num_samples", "monitoring.sample_steps", "monitoring.tensorboard", "monitoring.log_samples",
         ),
     ),
@@ -64,7 +64,7 @@ JUDGED = (
         ("scheduler.num_train_timesteps", "scheduler.sigma_min", "scheduler.sigma_max", "scheduler.rho"),
     ),
     Rule(Kind.HARMLESS, "says whether a store is taken, not what is in it", ("data.max_rejected",)),
-    Rule(Kind.HARMLESS, "this version has no sweep", ("sweep.enabled",)),
+    Rule(Kind.HARMLESS, "a sweep that has begun keeps its own settings, and refuses others", ("sweep",)),
     Rule(Kind.HARMLESS, "when the run goes back or gives up", ("train.max_skipped_steps",)),
     Rule(
         Kind.TRAINING,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,9 @@ from ray_pipeline.resume import open_run
 from ray_pipeline.retention import best_of
 from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder
+from ray_pipeline.sweep_records import read_sweep, read_winner, sweep_folder
+from ray_pipeline.sweep_space import check_space, continues, phase_index
+from ray_pipeline.sweeping import confirm, search, served_phase, with_winner
 from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
 
@@ -176,6 +179,9 @@ def train(
     config = _absolute(config)
     estimate.check_writable(config.output_dir, "output_dir")
     estimate.check_writable(config.checkpoint_store, "checkpoint.store")
+    if config.sweep.enabled:
+        check_space(config)
+    config = with_winner(config, say)
     start = open_run(config, resume=resume, allow=allow_changes)
     for line in start.describe_changes():
         say(f"changed   {line}")
@@ -195,9 +201,13 @@ def train(
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
         encode(config, prepared)
-        for index, phase in enumerate(config.phases):
-            state = start.state()
-            if state.phase(phase.name).is_done(phase.epochs):
+        for index in range(len(config.phases)):
+            if config.sweep.enabled and index == served_phase(config):
+                config = search(config, prepared.job.store, _first_weights(config), say)
+                start = replace(start, config=config)
+                start.write_config()
+            phase = config.phases[index]
+            if start.state().phase(phase.name).is_done(phase.epochs):
                 continue
             job = PhaseJob(
                 config=config.dump(),
@@ -206,7 +216,42 @@ def train(
                 init=initial_weights(config, index),
             )
             run_phase(config, job)
+            confirm(config, index, say)
     return start.run_dir
+
+
+def sweep(config: Config, *, resume: bool = False, verbose: bool = False, say: Callable[[str], None] = print) -> Path:
+    """Search alone, in a run whose phases before it are trained; `train --resume` goes on from the winner. Returns the
+    folder of the sweep. UserError: there is no such run, or its phases before are not finished."""
+    config = _absolute(config)
+    config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"enabled": True})})
+    check_space(config)
+    if read_winner(config.output_dir) is not None:
+        say(f"the sweep of {config.output_dir} is finished; take {sweep_folder(config.output_dir)} away to search anew")
+        return sweep_folder(config.output_dir)
+    if read_sweep(config.output_dir) is not None and not resume:
+        raise UserError(f"{sweep_folder(config.output_dir)} holds a sweep already; go on with --resume")
+    start = open_run(config, resume=True)
+    state = start.state()
+    for phase in config.phases[: served_phase(config)]:
+        if not state.phase(phase.name).is_done(phase.epochs):
+            raise UserError(
+                f"the sweep comes after phase {phase.name}, which is not finished in {config.output_dir}; train it "
+                "first with `ray-pipeline train`"
+            )
+    prepared = look(config)
+    check_phases(config, prepared)
+    start.accept(prepared.fingerprint.store)
+    with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
+        encode(config, prepared)
+        config = search(config, prepared.job.store, _first_weights(config), say)
+    replace(start, config=config).write_config()
+    return sweep_folder(config.output_dir)
+
+
+def _first_weights(config: Config) -> str | None:
+    """What the trials of a sweep begin from; None where they continue a phase."""
+    return None if continues(config) else initial_weights(config, phase_index(config))
 
 
 def check_phases(config: Config, prepared: Prepared) -> list[int]:

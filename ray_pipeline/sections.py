@@ -225,6 +225,7 @@ class MonitoringConfig(Section):
     val_check_interval: Positive = 100
     val_tiles: Positive = 512  # at most so many validation tiles
     val_noise_levels: Annotated[int, Field(ge=1, le=1000)] = 4
+    val_averages: Literal["first", "all"] = "first"  # at an epoch's end: the average of ema.decay, or each of them
     plot_loss: bool = True
     plot_lr: bool = True
     plot_samples: bool = True
@@ -245,19 +246,6 @@ class CheckpointConfig(Section):
     store: str | None = None  # a path or URI; default: <output_dir>/checkpoints
     every_minutes: PositiveFloat | None = 30.0
     background: Literal["auto", True, False] = "auto"
-
-
-class SweepConfig(Section):
-    """The search between the phases."""
-
-    enabled: bool = False
-
-    @field_validator("enabled")
-    @classmethod
-    def _refuse(cls, enabled: bool) -> bool:
-        if enabled:
-            raise ValueError("this version has no sweep; set sweep.enabled: false")
-        return enabled
 
 
 class RayConfig(Section):

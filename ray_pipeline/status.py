@@ -8,6 +8,7 @@ from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
 from ray_pipeline.monitoring.progress import format_seconds
 from ray_pipeline.run_state import read_run
+from ray_pipeline.sweep_records import read_sweep, read_winner
 
 
 def describe_run(run_dir: str | Path) -> str:
@@ -29,10 +30,27 @@ def describe_run(run_dir: str | Path) -> str:
             lines.append(f"  best {progress.best.checkpoint}, validation loss {progress.best.val_loss:.4f}")
         if progress.last:
             lines.append(f"  checkpoints {', '.join(progress.checkpoints)}")
+    lines += _sweep(run_dir)
     if state.history:
         lines += ["", "latest events"]
         lines += [f"  {entry.time}  {entry.message}" for entry in state.history[-5:]]
     return "\n".join(lines)
+
+
+def _sweep(run_dir: Path) -> list[str]:
+    """Trials with their status and newest loss, and what won."""
+    record, winner = read_sweep(run_dir), read_winner(run_dir)
+    if record is None:
+        return []
+    lines = ["", f"sweep: {'finished' if winner else 'running or to be gone on with'}"]
+    for trial in record.trials:
+        last = trial.results[-1] if trial.results else None
+        words = f", epoch {last.epoch}, validation loss {record.loss(last):.4f}" if last else ""
+        lines.append(f"  {trial.name} {trial.in_words}: {trial.status}{words}")
+    if winner:
+        ties = f", {len(winner.ties)} tie(s)" if winner.ties else ""
+        lines.append(f"  winner trial {winner.trial}: {winner.in_words}, validation loss {winner.loss:.4f}{ties}")
+    return lines
 
 
 def _losses(progress: phase_state.PhaseProgress) -> list[str]:

@@ -53,6 +53,11 @@ class _Averages:
             parameter.data, self.averages[index] = self.averages[index], parameter.data
 
 
+def average_group(decay: float) -> str:
+    """Name of the average of a decay, in checkpoints and records: ema_decay_0.9999."""
+    return f"ema_decay_{decay}"
+
+
 class EMA(_Averages):
     """Average of the trainable parameters: average = decay * average + (1 - decay) * weights.
 
@@ -67,7 +72,7 @@ class EMA(_Averages):
     @property
     def group(self) -> str:
         """Name to save it under, such as ema_decay_0.9999."""
-        return f"ema_decay_{self.decay}"
+        return average_group(self.decay)
 
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 1)."""

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -53,8 +53,10 @@ _HEALTH_CHECK_SECONDS = "0.5"
 _NEWS_SECONDS, _ABORT_SECONDS = 5.0, 10.0
 
 
-def run_phase(config: Config, job: PhaseJob) -> None:
+def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None, show: bool = True) -> None:
     """Run one phase to its end on the Ray that is running.
+
+    board: where others may ask it to stop, default its own; show: a line of progress.
 
     SIGINT and SIGTERM ask the workers to commit and to return, a second one, or ray.stop_timeout_seconds, ends the run
     at once. Raises RunStopped then; UserError with a worker's own words for wrong input, or when workers find no place
@@ -62,10 +64,11 @@ def run_phase(config: Config, job: PhaseJob) -> None:
     last time that a checkpoint was committed.
     """
     check_resources(config)
-    board = open_board()
+    board = board or open_board()
     phase = config.phases[job.phase]
     committed = None
-    with _followed(Path(config.output_dir), phase.name, config.train.global_batch), _train_environment(config):
+    followed = _followed(Path(config.output_dir), phase.name, config.train.global_batch) if show else nullcontext()
+    with followed, _train_environment(config):
         while True:
             attendance = Attendance(config, board)
             try:

@@ -23,7 +23,7 @@ from ray_pipeline.training.setup import PhaseJob, PhaseRun, open_data, open_phas
 from ray_pipeline.training.snapshots import snapshot_is_due
 from ray_pipeline.training.step import StepInput, StepResult, avoid, learning_rate, optimize, prepared, warm_up
 from ray_pipeline.training.stopping import StopWatch
-from ray_pipeline.training.validation import paired_gain, untrained_loss, validate
+from ray_pipeline.training.validation import paired_gain, untrained_loss, validate, validate_averages
 
 _UNTRAINED_TOLERANCE = 0.02
 
@@ -50,7 +50,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
     data = open_data(job)
     with ExitStack() as stack:
         # first of all: Ray Data needs seconds to start, as building the network does
-        steps = ReadAhead(stream(stream_settings(data), data.first_step, data.total_steps))
+        steps = ReadAhead(stream(stream_settings(data), data.first_step, data.end_step))
         stack.callback(steps.close)
         inputs = ReadAhead(prepared(data, steps))
         stack.callback(inputs.close)
@@ -61,7 +61,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
             measure_untrained(run, records)
         warm_up(run)
         interval, skipped = Interval(run), SkippedSteps(run)
-        while run.state.step < run.total_steps:
+        while run.state.step < run.end_step:
             taken = interval.next(inputs)
             result = train_step(run, taken, watch)
             interval.add(result)
@@ -73,7 +73,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
                     records.skip(skipped, trouble)
                 if trouble:
                     return trouble
-            if run.state.step % run.config.monitoring.log_every_n_steps == 0 or run.state.step == run.total_steps:
+            if run.state.step % run.config.monitoring.log_every_n_steps == 0 or run.state.step == run.end_step:
                 interval.report(records)
             finish_step(run, records)
             if records:
@@ -83,7 +83,10 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
                     records.stop(watch.stop)
                 return None
             interval.restart_clock()
-        finish_phase(run, records)
+        if run.end_step == run.total_steps:
+            finish_phase(run, records)
+        elif records:
+            records.stop(f"epoch {run.job.epochs} ends it for now")
     return None
 
 
@@ -111,10 +114,13 @@ def finish_step(run: PhaseRun, records: PhaseRecords | None) -> None:
             if records:
                 records.validation(validation)
         return
-    validation = validate(run)
+    every_average = run.config.monitoring.val_averages == "all"
+    found = validate_averages(run) if every_average else {run.state.average_name: validate(run)}
     if not records:
         return
-    best = records.validation(validation, epoch_end=True)
+    best = records.validation(found[run.state.average_name], epoch_end=True)
+    if every_average:
+        records.averages(found, ended[-1])
     last = run.phase.epochs in ended
     every = run.config.monitoring.sample_every_n_epochs
     if run.config.monitoring.plot_samples and (last or any(epoch % every == 0 for epoch in ended)):
@@ -147,7 +153,12 @@ def measure_untrained(run: PhaseRun, records: PhaseRecords | None) -> None:
 
 
 def finish_phase(run: PhaseRun, records: PhaseRecords | None) -> None:
-    """After the last step: does the network use its hints, all together and each alone? Then the phase is finished."""
+    """After the last step: how good is each average, and does the network use its hints, all together and each alone?
+    Then the phase is finished."""
+    if len(run.state.averages) > 1:
+        found = validate_averages(run)
+        if records:
+            records.progress.metrics |= {f"val_loss/{name}": one.loss for name, one in found.items()}
     if run.hints:
         metrics = hint_metrics(run, run.hints)
         for name in run.hints if len(run.hints) > 1 else ():

@@ -51,6 +51,19 @@ def check_resources(config: Config) -> None:
         )
 
 
+def groups_that_fit(config: Config) -> int:
+    """How many groups of workers, with their streams, the running Ray has room for at once; at least 1."""
+    settings, have, each = config.ray, ray.cluster_resources(), worker_resources(config)
+    workers = settings.max_workers
+    need = {name: workers * amount for name, amount in each.items()}
+    need["CPU"] += stream_cpus(config)
+    if stream_gpus(config):
+        need["GPU"] = need.get("GPU", 0) + workers * stream_workers(config) * stream_gpus(config)
+    rooms = sum(_room(node["Resources"], each) for node in ray.nodes() if node["Alive"])
+    whole = [round(1e4 * have.get(name, 0)) // max(1, round(1e4 * amount)) for name, amount in need.items()]
+    return max(1, min(rooms // workers, *whole))
+
+
 def placement_in_words(config: Config) -> str:
     """What the workers of a run ask for, and what is free now."""
     each = worker_resources(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ from ray_pipeline.training.pictures import draw_progress
 from ray_pipeline.training.saving import Save
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.snapshots import snapshot
-from ray_pipeline.training.validation import Validation
+from ray_pipeline.training.validation import Validation, write_tile_losses
 
 #: a chart takes about a second, so it is drawn at most this often between epochs that are kept
 _SECONDS_BETWEEN_CHARTS = 20.0
@@ -133,18 +133,7 @@ class PhaseRecords:
     def validation(self, validation: Validation, epoch_end: bool = False) -> bool:
         """Record a validation; True if it is an epoch's end and the best so far."""
         run = self.run
-        self.events.emit(
-            ValidationEvent(
-                phase=run.phase.name,
-                step=run.state.step,
-                position=run.state.step * run.plan.global_batch,
-                epoch=self.epoch(),
-                loss=validation.loss,
-                standard_error=validation.standard_error,
-                loss_by_sigma=validation.by_sigma,
-                ema=run.state.ema.group if run.state.ema else "weights",
-            )
-        )
+        self._emit_validation(validation, run.state.average_name)
         self.progress.metrics["val_loss"] = validation.loss
         self._write()
         if time.monotonic() - self.charted_at > _SECONDS_BETWEEN_CHARTS:
@@ -153,6 +142,15 @@ class PhaseRecords:
         best = best_of(self.commits.states)
         better = math.isfinite(validation.loss) and (best is None or validation.loss < best.val_loss)
         return epoch_end and better
+
+    def averages(self, found: Mapping[str, Validation], epoch: int) -> None:
+        """Record a validation of every average, by name, at the end of an epoch: the others' losses, and the losses of
+        all at each tile and noise level, for whoever compares trainings pairwise."""
+        run = self.run
+        for name, validation in found.items():
+            if name != run.state.average_name:
+                self._emit_validation(validation, name)
+        self.draw("the losses of the tiles", lambda: write_tile_losses(run, found, epoch))
 
     def draw(self, what: str, action: Callable[[], object]) -> None:
         """Draw a picture or write a report; a full disk is no reason to stop."""
@@ -197,6 +195,21 @@ class PhaseRecords:
         self.progress.status = "finished"
         self.state.record("finished", f"{run.phase.name}: {message}")
         self._write()
+
+    def _emit_validation(self, validation: Validation, average: str) -> None:
+        run = self.run
+        self.events.emit(
+            ValidationEvent(
+                phase=run.phase.name,
+                step=run.state.step,
+                position=run.state.step * run.plan.global_batch,
+                epoch=self.epoch(),
+                loss=validation.loss,
+                standard_error=validation.standard_error,
+                loss_by_sigma=validation.by_sigma,
+                ema=average,
+            )
+        )
 
     def _state(self, kind: str, header: WeightsHeader) -> dict:
         run, progress = self.run, self.progress

@@ -36,13 +36,15 @@ from ray_pipeline.training.state import TrainState, load_weights
 @dataclass(frozen=True)
 class PhaseJob:
     """What the driver tells each worker. init: checkpoint folder to begin from, or None. stop: the Board (stopping.py)
-    of the run; None where nobody may ask it to stop."""
+    of the run; None where nobody may ask it to stop. epochs: leave the phase after so many, to be gone on with; None:
+    train it to its end."""
 
     config: dict
     phase: int
     latents: str
     init: str | None
     stop: Any = None
+    epochs: int | None = None
 
 
 def job_values(job: PhaseJob) -> dict:
@@ -104,6 +106,11 @@ class PhaseData:
     @property
     def total_steps(self) -> int:
         return self.plan.steps(self.phase.epochs)
+
+    @property
+    def end_step(self) -> int:
+        """Steps after which this job leaves the phase."""
+        return self.total_steps if self.job.epochs is None else self.plan.steps(self.job.epochs)
 
     @property
     def hints(self) -> tuple[str, ...]:

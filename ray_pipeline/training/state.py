@@ -41,6 +41,11 @@ class TrainState:
         """The average that validation uses; None where there is none."""
         return self.averages[0] if self.averages else None
 
+    @property
+    def average_name(self) -> str:
+        """Of the weights that validation uses, in records and in weight files."""
+        return "weights" if self.ema is None else self.ema.group
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name."""
         named = dict(self.network.named_parameters())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +15,8 @@ import torch.distributed
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import spread
 from ray_pipeline.diffusion.noise import draw
+from ray_pipeline.storage import replace_file
+from ray_pipeline.training.ema import EMA, PowerTrack
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import stack_hints
 
@@ -57,17 +62,24 @@ def paired_gain(right: Validation, shuffled: Validation) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def validate(run: PhaseRun, *, hints: tuple[str, ...] | None = None, shuffled: bool = False) -> Validation:
+def validate(
+    run: PhaseRun,
+    *,
+    average: EMA | PowerTrack | None = None,
+    hints: tuple[str, ...] | None = None,
+    shuffled: bool = False,
+) -> Validation:
     """Validation loss of the EMA weights; all ranks call it and get the same result.
 
-    hints: those that are given, default all of the phase. With `shuffled`, each tile gets the hints of another one.
+    average: the one to validate, default the first. hints: those that are given, default all of the phase. With
+    `shuffled`, each tile gets the hints of another one.
     """
     given = run.hints if hints is None else hints
     sigmas = run.edm.validation_sigmas(run.config.monitoring.val_noise_levels)
     tiles = run.val_rows
     losses = torch.zeros((len(tiles), len(sigmas)), dtype=torch.float64, device=run.device)
     network = run.state.network.eval()
-    with run.ema_weights():
+    with run.ema_weights() if average is None else average.applied():
         for start in range(0, len(tiles), run.config.train.batch_size * run.world_size):
             own = np.arange(start, min(start + run.config.train.batch_size * run.world_size, len(tiles)))
             own = own[own % run.world_size == run.rank]
@@ -77,6 +89,46 @@ def validate(run: PhaseRun, *, hints: tuple[str, ...] | None = None, shuffled: b
     if run.world_size > 1:
         torch.distributed.all_reduce(losses)
     return Validation(losses=losses.cpu().numpy(), sigmas=sigmas.numpy())
+
+
+def validate_averages(run: PhaseRun) -> dict[str, Validation]:
+    """Validation of each average by its name, that of `validate` first; all ranks call it."""
+    return {average.group: validate(run, average=average) for average in run.state.averages} or {
+        run.state.average_name: validate(run)
+    }
+
+
+def write_tile_losses(run: PhaseRun, found: Mapping[str, Validation], epoch: int) -> None:
+    """Store the losses of each average at each tile and noise level, (tiles, levels) float64, as of this step, which
+    ends an epoch."""
+    buffer = io.BytesIO()
+    np.savez(buffer, epoch=np.int64(epoch), **{name: validation.losses for name, validation in found.items()})
+    path = tile_losses_path(run.config.output_dir, run.phase.name, run.state.step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, buffer.getvalue())
+
+
+def read_tile_losses(run_dir: str | Path, phase: str, step: int) -> tuple[int, dict[str, np.ndarray]]:
+    """What `write_tile_losses` stored: the epoch that ended, and losses by average."""
+    with np.load(tile_losses_path(run_dir, phase, step), allow_pickle=False) as file:
+        stored = dict(file)
+    return int(stored.pop("epoch")), stored
+
+
+def tile_losses_path(run_dir: str | Path, phase: str, step: int) -> Path:
+    """Where they lie."""
+    return _tile_losses_folder(run_dir, phase) / f"step_{step:08d}.npz"
+
+
+def tile_losses_steps(run_dir: str | Path, phase: str) -> list[int]:
+    """Steps of which there are some, in order."""
+    return sorted(
+        int(path.stem.removeprefix("step_")) for path in _tile_losses_folder(run_dir, phase).glob("step_*.npz")
+    )
+
+
+def _tile_losses_folder(run_dir: str | Path, phase: str) -> Path:
+    return Path(run_dir, "logs", "validation", phase)
 
 
 def _fill(run: PhaseRun, network, own: np.ndarray, sigmas, losses, given: tuple[str, ...], shuffled: bool) -> None:

@@ -45,6 +45,7 @@ TINY = {
     "phases.0.epochs": 4,
     "phases.1.epochs": 2,
     "ray.max_failures": 0,
+    "sweep.enabled": "false",
 }
 
 

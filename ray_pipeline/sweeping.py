@@ -1,0 +1,112 @@
+"""The sweep in a run: when it comes, what the run goes on with, and whether the winner held at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from ray_pipeline.checkpoints import CheckpointStore
+from ray_pipeline.config import Config
+from ray_pipeline.errors import UserError
+from ray_pipeline.monitoring import phase_state
+from ray_pipeline.run_state import mend_state
+from ray_pipeline.storage import replace_file
+from ray_pipeline.sweep_records import read_sweep, read_winner, sweep_folder
+from ray_pipeline.sweep_space import continues, count, phase_index, with_values
+from ray_pipeline.training.sweep import run_sweep
+from ray_pipeline.training.sweep_winner import adopt, choose, compare, discard_trials, table, write_results
+from ray_pipeline.training.trial import SweepJob, searched_averages
+
+
+def with_winner(config: Config, say: Callable[[str], None] = print) -> Config:
+    """The config with what the winner of the run's sweep sets, where there is one."""
+    winner = read_winner(config.output_dir)
+    if winner is None:
+        return config
+    say(f"sweep     {winner.in_words} (trial {winner.trial}, {sweep_folder(config.output_dir) / 'winner.json'})")
+    return with_values(config, winner.overrides, "the sweep's winner")
+
+
+def served_phase(config: Config) -> int:
+    """Number of the phase that goes on, or begins, from the sweep's winner."""
+    return phase_index(config) + continues(config)
+
+
+def search(config: Config, latents: str, init: str | None, say: Callable[[str], None]) -> Config:
+    """Train what is left of the sweep and adopt its winner, on the Ray that is running -> the config to go on with.
+
+    init: checkpoint that the trials begin from; None where they continue a finished phase.
+    """
+    folder, state = sweep_folder(config.output_dir), mend_state(config)
+    winner = read_winner(config.output_dir)
+    name = config.phases[served_phase(config)].name
+    if winner is None:
+        if state.phase(name).checkpoints:
+            raise UserError(
+                f"phase {name} has begun without the sweep, which comes before it; set sweep.enabled=false, or another "
+                "output_dir"
+            )
+        _note(config, "sweep", f"sweep of {config.sweep.trains}: {count(config)} trials")
+        record = run_sweep(config, _sweep_job(config, latents, init), say)
+        candidates = compare(config, record)
+        write_results(config, record, candidates)
+        winner = choose(config, record, candidates)
+        winner.save(folder)
+        for line in table(config, record, candidates):
+            say(line)
+        tied = len(winner.ties)
+        words = f"trial {winner.trial} wins: {winner.in_words}, validation loss {winner.loss:.4f}"
+        words += f"; {tied} other(s) within a paired standard error of it" if tied else ""
+        _note(config, "sweep", words)
+        say(f"sweep     {words}")
+    record = read_sweep(config.output_dir)
+    now = with_values(config, winner.overrides, "the sweep's winner")
+    alone = now.model_copy(update={"sweep": now.sweep.model_copy(update={"enabled": False})})
+    replace_file(folder / "winner.yaml", alone.to_yaml().encode())
+    adopt(now, record.trials[winner.trial], winner)
+    if not config.sweep.keep_trials:
+        discard_trials(config, record)
+    verb = "begins" if continues(config) else "resumes"
+    say(f"sweep     {name} {verb} from {winner.checkpoint} (step {winner.step}, position {winner.position})")
+    return now
+
+
+def _sweep_job(config: Config, latents: str, init: str | None) -> SweepJob:
+    if init is not None:
+        return SweepJob(config.dump(), latents, init, epochs_before=0)
+    phase, store = config.phases[phase_index(config)], CheckpointStore(config.checkpoint_store)
+    last = store.latest(phase.name)
+    if last is None:
+        raise UserError(f"{store.root} holds no whole checkpoint of {phase.name} to continue from; train it first")
+    return SweepJob(config.dump(), latents, last.folder, epochs_before=phase.epochs)
+
+
+def confirm(config: Config, index: int, say: Callable[[str], None]) -> None:
+    """After the phase that went on from a sweep: is the average that won still the best?"""
+    winner = read_winner(config.output_dir)
+    if winner is None or index != served_phase(config) or winner.track is None:
+        return
+    metrics = mend_state(config).phase(config.phases[index].name).metrics
+    found = {key.removeprefix("val_loss/"): loss for key, loss in metrics.items() if key.startswith("val_loss/")}
+    searched = {name: found[name] for name in searched_averages(config) if name in found}
+    if not searched:
+        return
+    winner.confirmed = found
+    winner.save(sweep_folder(config.output_dir))
+    best = min(searched, key=lambda name: (not math.isfinite(searched[name]), searched[name]))
+    words = f"{winner.track} is confirmed: it is the best at the end of {config.phases[index].name}, too"
+    if best != winner.track and winner.track in searched:
+        words = (
+            f"{winner.track} won the sweep, but {best} is better at the end of {config.phases[index].name}: "
+            f"{searched[best]:.4f} against {searched[winner.track]:.4f}"
+        )
+    _note(config, "sweep", words)
+    say(f"sweep     {words}")
+
+
+def _note(config: Config, event: str, words: str) -> None:
+    """A line in the run's history."""
+    state = mend_state(config)
+    state.record(event, words)
+    state.save(Path(config.output_dir, phase_state.FILE))

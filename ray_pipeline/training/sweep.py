@@ -1,0 +1,346 @@
+"""The sweep: trials by Ray Tune, each a TorchTrainer on the same phase code.
+
+What was tried stands in sweep.json, which a resume reads; of Tune's own records none is read, and they lie in a
+temporary folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import ray
+import ray.tune
+from ray.actor import ActorHandle
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from ray_pipeline.config import Config
+from ray_pipeline.config_changes import differences
+from ray_pipeline.config_kinds import Kind, rule_of
+from ray_pipeline.errors import RunStopped, UserError
+from ray_pipeline.monitoring.phase_state import utc_now
+from ray_pipeline.sweep_records import SweepRecord, TrialRecord, read_sweep, sweep_folder
+from ray_pipeline.sweep_space import Point, count, phase_index, point, space_of
+from ray_pipeline.training.launch import check_resources
+from ray_pipeline.training.placement import groups_that_fit
+from ray_pipeline.training.stopping import SIGNAL_NAMES, signals_into
+from ray_pipeline.training.trial import (
+    Notes,
+    SweepJob,
+    epoch_results,
+    run_trial,
+    searched_averages,
+    trial_config,
+)
+
+#: a trial's own process is light, and beside the workers' CPUs there may be none left for it
+_TRIAL_RESOURCES = {"cpu": 0, "node:__internal_head__": 0.001}
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
+_METRIC, _TIME = "loss", "epoch"
+_OPEN = ("running", "interrupted", "failed")  # what a resume goes on with
+
+
+def run_sweep(config: Config, job: SweepJob, say: Callable[[str], None]) -> SweepRecord:
+    """Train all trials that are not done yet, on the Ray that is running; a failed one does not end the others.
+
+    SIGINT and SIGTERM ask every trial to commit and to return; RunStopped then. UserError: the sweep has begun with
+    other settings, or no trial came to an end.
+    """
+    check_resources(config)
+    folder = sweep_folder(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = _opened(config, read_sweep(config.output_dir), folder)
+    waiting = [trial for trial in record.trials if trial.status in _OPEN]
+    if waiting or len(record.trials) < count(config):
+        at_once = _at_once(config)
+        done = len(record.trials) - len(waiting)
+        say(f"sweep     {count(config)} trials of {config.sweep.epochs} epoch(s), {done} done, {at_once} at once")
+        _Driver(config, job, record, folder, say).drive(at_once)
+    finished = [trial for trial in record.trials if trial.status in ("finished", "stopped")]
+    if not finished:
+        failure = next((trial for trial in record.trials if trial.status == "failed"), None)
+        words = f"; {failure.name} ({failure.in_words}): {failure.message}" if failure else ""
+        raise UserError(f"no trial of the sweep in {folder} came to an end{words}; mend it and go on with --resume")
+    return record
+
+
+def _opened(config: Config, record: SweepRecord | None, folder: Path) -> SweepRecord:
+    """The record to go on with. A sweep keeps the settings that it was begun with."""
+    if record is None:
+        return SweepRecord(base=config.dump(), averages=searched_averages(config))
+    before = Config.model_validate(record.base)
+    changed = [str(found) for found in differences(before, config) if _decides(found.key)]
+    if changed:
+        raise UserError(
+            f"the sweep in {folder} was begun with other settings ({'; '.join(changed)}), so its trials could not be "
+            "compared with new ones; put them back, or take the folder away to search anew"
+        )
+    return record
+
+
+def _decides(key: str) -> bool:
+    """Whether a change of this key makes trials other trials."""
+    if key.startswith("sweep."):
+        more = ("enabled", "num_trials", "max_concurrent_trials", "keep_trials")
+        return key.removeprefix("sweep.") not in more
+    return rule_of(key).kind is not Kind.HARMLESS
+
+
+def _at_once(config: Config) -> int:
+    """Trials at a time."""
+    asked, room = config.sweep.max_concurrent_trials, groups_that_fit(config)
+    if asked != "auto" and asked > room:
+        raise UserError(
+            f"sweep.max_concurrent_trials={asked}, but this Ray has room for {room} trial(s) with "
+            f"ray.num_workers={config.ray.max_workers} at once; lower it, or use auto"
+        )
+    return min(count(config), room if asked == "auto" else asked)
+
+
+class _Driver:
+    """The driver while its trials train: Tune's `fit` in a thread, signals in this one."""
+
+    def __init__(self, config: Config, job: SweepJob, record: SweepRecord, folder: Path, say: Callable[[str], None]):
+        self.config, self.job, self.record, self.folder, self.say = config, job, record, folder, say
+        self.notes = ray.remote(num_cpus=0)(Notes).remote()
+        self.trials = {trial.number: trial for trial in record.trials}
+        self.search = TrialSearch(self, _inner_search(config, record))
+        self.phase = config.phases[phase_index(config)].name
+
+    def drive(self, at_once: int) -> None:
+        """Until every trial has ended."""
+        events: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        with tempfile.TemporaryDirectory() as scratch, _environment(), signals_into(events):
+            fit = threading.Thread(target=self._fit, args=(scratch, at_once, events), daemon=True, name="tune-fit")
+            fit.start()
+            stopped_by, deadline = None, math.inf
+            while True:
+                try:
+                    event = events.get(timeout=min(3600.0, max(0, deadline - time.monotonic())))
+                except Empty:
+                    if time.monotonic() < deadline:
+                        continue
+                    break
+                if not isinstance(event, int):
+                    if event is not None:
+                        raise event
+                    break
+                if stopped_by is not None:
+                    break
+                stopped_by, deadline = event, time.monotonic() + self.config.ray.stop_timeout_seconds
+                self.search.ended = True
+                self.notes.stop_everyone.remote(SIGNAL_NAMES[event])
+                print("\nstopping: the trials are asked to commit, again to stop at once", file=sys.stderr, flush=True)
+        if stopped_by is not None:
+            words = "" if not fit.is_alive() else " before all trials had committed"
+            raise RunStopped(f"stopped by {SIGNAL_NAMES[stopped_by]}{words}; go on with --resume", 128 + stopped_by)
+
+    def _fit(self, scratch: str, at_once: int, events: SimpleQueue) -> None:
+        try:
+            ray.tune.Tuner(
+                ray.tune.with_resources(partial(run_trial, sweep=self.job, notes=self.notes), _TRIAL_RESOURCES),
+                tune_config=ray.tune.TuneConfig(
+                    metric=_METRIC,
+                    mode="min",
+                    num_samples=-1,
+                    max_concurrent_trials=at_once,
+                    search_alg=self.search,
+                    scheduler=_scheduler(self.config, self.notes),
+                ),
+                run_config=ray.tune.RunConfig(
+                    name="sweep", storage_path=scratch, verbose=0, callbacks=[_Bookkeeping(self)]
+                ),
+            ).fit()
+        except BaseException as error:  # whatever it is, `drive` raises it, in the thread that waits
+            events.put(error)
+        else:
+            events.put(None)
+
+    def next_trial(self, draw: Callable[[int], Point]) -> TrialRecord | None:
+        """The next one to train: what is left of an earlier start first."""
+        left = [trial for trial in self.record.trials if trial.status in _OPEN and trial.number in self.trials]
+        if left:
+            trial = left[0]
+            trial.status, trial.message = "running", ""
+        elif len(self.record.trials) < count(self.config):
+            number = len(self.record.trials)
+            trial = TrialRecord(number=number, values=draw(number), began=utc_now())
+            self.record.trials.append(trial)
+        else:
+            return None
+        self.trials.pop(trial.number, None)
+        self.record.save(self.folder)
+        return trial
+
+    def note(self, number: int) -> TrialRecord:
+        """Take over what a trial has recorded."""
+        trial = self.record.trials[number]
+        own = trial_config(self.config, trial.name, trial.values)
+        trial.results = epoch_results(own, self.phase, self.job.epochs_before)
+        self.record.save(self.folder)
+        return trial
+
+    def tell(self, number: int, epoch: int, loss: float) -> None:
+        """After an epoch."""
+        trial = self.note(number)
+        self.say(f"sweep     {trial.name} ({trial.in_words}): epoch {epoch}, validation loss {loss:.4f}")
+
+    def conclude(self, number: int) -> None:
+        """After a trial returned."""
+        trial = self.note(number)
+        whole = bool(trial.results) and trial.results[-1].epoch >= self.config.sweep.epochs
+        trial.status = "finished" if whole else "interrupted" if self.search.ended else "stopped"
+        trial.message = "" if trial.status != "stopped" else f"given up after epoch {trial.results[-1].epoch}"
+        trial.ended = utc_now()
+        self.record.save(self.folder)
+        if trial.status != "finished":
+            self.say(f"sweep     {trial.name}: {trial.message or trial.status}")
+
+    def fail(self, number: int) -> None:
+        """After a trial raised, or its process was lost."""
+        trial = self.note(number)
+        trial.status, trial.ended = "failed", utc_now()
+        trial.message = ray.get(self.notes.failure.remote(number))
+        self.record.save(self.folder)
+        self.say(f"sweep     {trial.name} ({trial.in_words}) failed: {trial.message.strip().splitlines()[-1]}")
+
+
+class TrialSearch(Searcher):
+    """Gives Tune its trials: those left by an earlier start, then points of the space, drawn by `inner` where there is
+    one. ended: no more of them."""
+
+    def __init__(self, driver: _Driver, inner: Searcher | None):
+        super().__init__(metric=_METRIC, mode="min")
+        self.driver, self.inner, self.ended = driver, inner, False
+        self._drawn: set[str] = set()
+
+    def suggest(self, trial_id: str) -> dict | str | None:
+        trial = None if self.ended else self.driver.next_trial(partial(self._draw, trial_id))
+        if trial is None:
+            return Searcher.FINISHED
+        return {"number": trial.number, "name": trial.name, "values": trial.values}
+
+    def _draw(self, trial_id: str, number: int) -> Point:
+        if self.inner is None:
+            return point(self.driver.config, number)
+        self._drawn.add(trial_id)
+        return {key.replace("/", "."): value for key, value in self.inner.suggest(trial_id).items()}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        if trial_id in self._drawn:  # others it has not drawn
+            self.inner.on_trial_complete(trial_id, result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: sweep.json is the truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Never called: a resume is a new search over what is left."""
+
+
+class OrderlyHalving(AsyncHyperBandScheduler):
+    """ASHA (Li et al. 2020) that asks a trial to stop and lets it end by itself."""
+
+    def __init__(self, notes: ActorHandle, **settings: Any):
+        super().__init__(**settings)
+        self._notes, self._asked = notes, set()
+
+    def on_trial_result(self, tune_controller, trial, result: dict) -> str:
+        if trial.trial_id in self._asked:
+            return TrialScheduler.CONTINUE
+        if super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
+            self._asked.add(trial.trial_id)
+            ray.get(self._notes.stop.remote(trial.config["number"], "the scheduler"))
+        return TrialScheduler.CONTINUE
+
+
+class _Bookkeeping(ray.tune.Callback):
+    """In the driver, after each result and each end of a trial."""
+
+    def __init__(self, driver: _Driver):
+        self.driver = driver
+
+    def on_trial_result(self, iteration: int, trials: Sequence, trial, result: dict, **_: Any) -> None:
+        self.driver.tell(trial.config["number"], result[_TIME], result[_METRIC])
+
+    def on_trial_complete(self, iteration: int, trials: Sequence, trial, **_: Any) -> None:
+        self.driver.conclude(trial.config["number"])
+
+    def on_trial_error(self, iteration: int, trials: Sequence, trial, **_: Any) -> None:
+        self.driver.fail(trial.config["number"])
+
+
+def _scheduler(config: Config, notes: ActorHandle) -> TrialScheduler:
+    sweep = config.sweep
+    if sweep.scheduler == "fifo":
+        return FIFOScheduler()
+    return OrderlyHalving(
+        notes,
+        time_attr=_TIME,
+        max_t=sweep.epochs,
+        grace_period=min(sweep.grace_epochs, sweep.epochs),
+        reduction_factor=sweep.reduction_factor,
+    )
+
+
+def _inner_search(config: Config, record: SweepRecord) -> Searcher | None:
+    """Optuna's, where it is asked for."""
+    if config.sweep.search != "optuna":
+        return None
+    try:
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+    except ImportError:
+        raise UserError(
+            "sweep.search=optuna needs the package optuna; install it with `pip install ray-pipeline[optuna]`, or use "
+            "random"
+        ) from None
+    kinds = {"uniform": ray.tune.uniform, "log_uniform": ray.tune.loguniform}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space: dict[str, Any] = {}
+    for key, dimension in space_of(config).items():
+        if key == "ema.decay":
+            continue
+        if dimension.values is not None:
+            space[key] = ray.tune.choice(list(dimension.values))
+        else:
+            name = "uniform" if dimension.uniform else "log_uniform"
+            space[key] = kinds[name](*dimension.bounds)
+    converted = OptunaSearch.convert_search_space(space)
+    search = OptunaSearch(space=converted, metric=_METRIC, mode="min", seed=config.seed)
+    for trial in record.trials:  # of an earlier start
+        if trial.status in ("finished", "stopped"):
+            search.add_evaluated_point(dict(trial.values), record.loss(trial.results[-1]))
+    return search
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Tune quiet, and without files of its own; whoever set a variable keeps it."""
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ |= added
+    logger = logging.getLogger("ray.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        for name in added:
+            del os.environ[name]

@@ -1,0 +1,223 @@
+"""One trial of a sweep: the same phase code on a run directory of its own, called by Ray Tune.
+
+A trial is told to stop by the sweep's Notes and ends by returning: Tune's own early stop kills the trial's process, and
+its workers then keep their place in the cluster for good where there is no dashboard.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+from ray.actor import ActorHandle
+
+from ray_pipeline.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
+from ray_pipeline.config import Config, parse_config
+from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.run_state import CONFIG_FILE
+from ray_pipeline.storage import Folder, replace_file
+from ray_pipeline.sweep_records import FOLDER, EpochResult, SweepRecord, sweep_folder
+from ray_pipeline.sweep_space import Point, continues, decays, phase_index, with_values
+from ray_pipeline.training.ema import average_group
+from ray_pipeline.training.launch import run_phase
+from ray_pipeline.training.setup import PhaseJob
+from ray_pipeline.training.stopping import open_board
+from ray_pipeline.training.validation import read_tile_losses, tile_losses_steps
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """What all trials share. base: the run's config, as plain values; latents: their store; init: the checkpoint that
+    they begin from, or, where they continue a finished phase, that they go on from; epochs: that this one has behind
+    it."""
+
+    base: dict
+    latents: str
+    init: str
+    epochs_before: int
+
+    @property
+    def config(self) -> Config:
+        return parse_config(self.base, "the sweep's config")
+
+
+class Notes:
+    """Actor: who is to stop, and why others failed. `everyone`: the sweep itself ends."""
+
+    def __init__(self):
+        self._stopped: dict[int, str] = {}
+        self._failures: dict[int, str] = {}
+        self._everyone = ""
+
+    def stop(self, number: int, reason: str) -> None:
+        """Ask one trial to stop."""
+        self._stopped[number] = reason
+
+    def stop_everyone(self, reason: str) -> None:
+        """Ask all to stop, those to come too."""
+        self._everyone = reason
+
+    def asked(self, number: int) -> str:
+        """Why a trial is to stop; "" while nobody asks."""
+        return self._everyone or self._stopped.get(number, "")
+
+    def fail(self, number: int, words: str) -> None:
+        """What a trial says of its end."""
+        self._failures[number] = words
+
+    def failure(self, number: int) -> str:
+        return self._failures.get(number, "its process ended")
+
+
+def trial_config(base: Config, name: str, values: Point) -> Config:
+    """The config of a trial: these values, all candidates for ema.decay, and a run directory of its own."""
+    index, sweep = phase_index(base), base.sweep
+    phase = base.phases[index]
+    epochs = phase.epochs + (sweep.epochs if continues(base) else 0)
+    candidates = decays(base) or (base.ema.decay,)
+    followed = [decay for decay in (base.ema.decay, *base.ema.more_decays) if decay not in candidates]
+    store = base.checkpoint.store
+    own = {
+        "output_dir": str(sweep_folder(base.output_dir) / name),
+        "checkpoint": base.checkpoint.model_copy(
+            update={"store": None if store is None else Folder(store).child(FOLDER).child(name).location}
+        ).model_dump(mode="json"),
+        "sweep": {},
+        "ema": base.ema.model_dump(mode="json") | {"decay": candidates[0], "more_decays": [*candidates[1:], *followed]},
+    }
+    config = parse_config(base.dump() | own, f"the sweep's {name}")
+    settings = {
+        f"phases.{index}.epochs": epochs,
+        f"phases.{index}.epochs_to_save": [],
+        "monitoring.val_averages": "all",
+        "monitoring.plot_samples": False,
+    }
+    keep = config.model_copy(update={"sweep": sweep})  # which phase `phases[].` stands for
+    tuned = with_values(keep, settings | values, f"the sweep's {name}")
+    return tuned.model_copy(update={"sweep": config.sweep})
+
+
+def epoch_results(config: Config, phase: str, epochs_before: int) -> list[EpochResult]:
+    """What a trial has recorded at the ends of its epochs, counted from its own beginning."""
+    steps, found = tile_losses_steps(config.output_dir, phase), []
+    events = {record["step"]: record for record in read_events(config.output_dir, phase, "validation")}
+    for step in steps:
+        if step not in events:  # of an attempt that went on from before it
+            continue
+        epoch, stored = read_tile_losses(config.output_dir, phase, step)
+        losses = {name: array.mean(axis=1) for name, array in stored.items()}
+        found.append(
+            EpochResult(
+                epoch=epoch - epochs_before,
+                step=step,
+                position=events[step]["position"],
+                losses={name: float(values.mean()) for name, values in losses.items()},
+                standard_errors={
+                    name: float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+                    for name, values in losses.items()
+                },
+            )
+        )
+    return [result for result in found if result.epoch > 0]
+
+
+def searched_averages(config: Config) -> list[str]:
+    """Names of the averages that a trial is judged by: the candidates for ema.decay, or that of the config."""
+    if not config.ema.enabled:
+        return ["weights"]
+    return [average_group(decay) for decay in decays(config) or (config.ema.decay,)]
+
+
+def run_trial(values: dict[str, Any], *, sweep: SweepJob, notes: ActorHandle) -> None:
+    """Train one trial and tell Tune of each epoch; `values`: number, name, and the values of the searched keys."""
+    number, base = values["number"], sweep.config
+    if ray.get(notes.asked.remote(number)):
+        return
+    try:
+        config = trial_config(base, values["name"], values["values"])
+        _train(config, base, sweep, number, notes)
+    except Exception as error:
+        ray.get(notes.fail.remote(number, f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: ActorHandle) -> None:
+    folder, index, more = Path(config.output_dir), phase_index(base), continues(base)
+    phase, judged = config.phases[index].name, SweepRecord(averages=searched_averages(base))
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / CONFIG_FILE, config.to_yaml().encode())
+    if more:
+        _seed(config, open_checkpoint(sweep.init))
+    job = PhaseJob(
+        config=config.dump(),
+        phase=index,
+        latents=sweep.latents,
+        init=None if more else sweep.init,
+        epochs=None if more else base.sweep.epochs,
+    )
+    board, ended, told = open_board(), [], 0
+
+    def fit() -> None:
+        try:
+            run_phase(config, job, board=board, show=False)
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="trial-fit")
+    thread.start()
+    try:
+        while True:
+            last = not thread.is_alive()
+            reason = ray.get(notes.asked.remote(number))
+            if reason and not last:
+                board.stop.remote(reason)
+            # after a trial has been given up, its results would still count against the others
+            for result in [] if reason else epoch_results(config, phase, sweep.epochs_before)[told:]:
+                told += 1
+                ray.tune.report({"loss": judged.loss(result), "epoch": result.epoch})
+            if last:
+                break
+            thread.join(_POLL_SECONDS)
+    finally:
+        board.stop.remote("the trial ends")  # a fit that is left behind would keep its workers
+        thread.join()
+    if ended[0] is not None:
+        raise ended[0]
+
+
+def _seed(config: Config, source: Checkpoint) -> None:
+    """Give a trial that continues a finished phase its last checkpoint. An average that was not followed so far begins
+    as the one that validation used."""
+    store = CheckpointStore(config.checkpoint_store)
+    if store.names():
+        return
+    wanted = [average_group(decay) for decay in (config.ema.decay, *config.ema.more_decays)]
+    new = [group for group in wanted if config.ema.enabled and group not in source]
+    groups = GroupsOf(source, {group: group for group in source} | dict.fromkeys(new, source.state["weights"]["ema"]))
+    state = {key: value for key, value in source.state.items() if key != "attempt"}
+    store.save(source.name, groups, state)
+
+
+class GroupsOf(Mapping):
+    """Groups of a checkpoint, by names that may be others than its own; each is read when it is asked for."""
+
+    def __init__(self, source: Checkpoint, names: Mapping[str, str]):
+        self._source, self._names = source, names
+
+    def __getitem__(self, group: str):
+        return self._source[self._names[group]]
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

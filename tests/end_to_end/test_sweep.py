@@ -1,0 +1,179 @@
+"""A sweep between the phases: killed and gone on with, it finds what is best, and the phase goes on from it exactly."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ray_pipeline.checkpoints import CheckpointStore
+from ray_pipeline.cli import main
+from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.sweep_records import read_sweep, read_winner
+
+SECOND = "phase2_conditional"
+CONFIG = """
+data: {{root: {data}, tile_size: 64, shard_rows: 8}}
+model: {{architecture: custom, latent_size: 8, depth: 2, hidden_size: 64, num_heads: 2, patch_size: 2, dropout: 0.1}}
+vae: {{pretrained: {vae}, actors: 1}}
+ema: {{decay: 0.5, more_decays: [0.9, 0.99], start_step: 1, power_stds: [0.1]}}
+optimizer: {{lr: 2.0e-3, warmup_steps: 1, schedule: cosine}}
+train: {{batch_size: 4, global_batch: 8, threads: 1, precision: fp32}}
+monitoring: {{log_every_n_steps: 1, val_tiles: 8, val_noise_levels: 2, plot_samples: false, tensorboard: false}}
+phases:
+  - {{name: phase1_unconditional, epochs: 2}}
+  - {{name: phase2_conditional, epochs: 5, condition_types: [denoising]}}
+ray: {{use_gpu: false, max_failures: 0}}
+"""
+# one learning rate at which nothing is learnt; averages as in CONFIG, the first of which forgets fastest
+SPACE = "{optimizer.lr: {grid: [1.0e-9, 2.0e-3]}, ema.decay: {grid: [0.99, 0.5, 0.9]}}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_data, tiny_autoencoder) -> Path:
+    path = tmp_path_factory.mktemp("sweep") / "config.yaml"
+    path.write_text(CONFIG.format(data=tiny_data, vae=tiny_autoencoder))
+    return path
+
+
+def words(config: Path, out: Path, **settings) -> list[str]:
+    found = ["--config", str(config), "--set", f"output_dir={out}"]
+    return found + [word for key, value in settings.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+@pytest.fixture(scope="module")
+def plain(ray_cluster, config) -> Path:
+    """Both phases without a sweep, with the values that are best."""
+    out = config.parent / "plain"
+    assert main(["train", *words(config, out)]) == 0
+    return out
+
+
+def before_phase_two(run: Path, out: Path) -> None:
+    """A copy of a run in which phase 2 was never begun."""
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns(f"{SECOND}*"))
+    records = out / "logs" / "metrics.jsonl"
+    records.write_text("".join(line for line in records.open() if SECOND not in line))
+    state = phase_state.load(out / "phase_state.json")
+    del state.phases[SECOND]
+    state.save(out / "phase_state.json")
+
+
+@pytest.fixture(scope="module")
+def swept(plain, config) -> Path:
+    """Goes on from phase 1 with a sweep whose command is killed after the first result, and is then gone on with."""
+    out = config.parent / "swept"
+    before_phase_two(plain, out)
+    settings = {"sweep__enabled": "true", "sweep__epochs": 2, "sweep__scheduler": "fifo", "sweep__space": SPACE}
+    command = [sys.executable, "-m", "ray_pipeline", "train", *words(config, out, **settings), "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while not ((record := read_sweep(out)) and any(trial.results for trial in record.trials)):
+        assert driver.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert read_winner(out) is None
+    assert main(["train", *words(config, out, **settings), "--resume"]) == 0
+    return out
+
+
+def tensors(run: Path, phase: str = SECOND) -> dict[str, torch.Tensor]:
+    checkpoint = CheckpointStore(run / "checkpoints").latest(phase)
+    return {f"{group}/{name}": tensor for group in checkpoint for name, tensor in checkpoint[group].items()}
+
+
+def test_a_killed_sweep_finds_the_value_that_is_plainly_best(swept):
+    winner = read_winner(swept)
+    record = read_sweep(swept)
+    assert [trial.status for trial in record.trials] == ["finished", "finished"]
+    assert winner.overrides["optimizer.lr"] == 2e-3
+    assert winner.overrides["ema.decay"] == 0.5
+    assert set(winner.overrides["ema.more_decays"]) == {0.9, 0.99}
+    assert record.trials[winner.trial].values == {"optimizer.lr": 2e-3}
+    assert winner.position == 2 * 24
+    assert winner.ties == []
+
+
+def test_the_phase_goes_on_from_the_winner_as_if_it_had_been_trained_from_the_start(swept, plain):
+    """Position, losses of all its steps, and every tensor at the end: averages, optimizer and stored averages too."""
+    steps = {run: read_events(run, SECOND, "step") for run in (swept, plain)}
+    told = [[(step["step"], step["position"], step["loss"]) for step in steps[run]] for run in (swept, plain)]
+    assert told[0] == told[1]
+    one, other = tensors(swept), tensors(plain)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    resumed = [event for event in read_events(swept, SECOND, "phase") if event["status"] == "resumed"]
+    assert [event["step"] for event in resumed] == [read_winner(swept).step]
+    stored = [CheckpointStore(run / "ema_snapshots" / SECOND).names() for run in (swept, plain)]
+    assert stored[0] == stored[1]
+
+
+def test_every_trial_validates_every_average_at_equal_positions(swept):
+    rows = list(csv.DictReader((swept / "sweep" / "results.csv").open()))
+    for trial in ("0", "1"):
+        found = [(row["average"], int(row["epoch"]), int(row["position"])) for row in rows if row["trial"] == trial]
+        averages = ("ema_decay_0.99", "ema_decay_0.5", "ema_decay_0.9", "ema_power_0.1")
+        assert sorted(found) == sorted((name, epoch, 24 * epoch) for name in averages for epoch in (1, 2))
+    # before the first step nothing differs, so a trial that learns nothing stays where all began
+    useless = [float(row["val_loss"]) for row in rows if row["trial"] == "0"]
+    assert max(useless) - min(useless) < 1e-4
+
+
+def test_the_winner_is_in_the_config_the_history_and_the_status_of_the_run(swept, capsys):
+    used, alone = (yaml.safe_load((swept / name).read_text()) for name in ("config.yaml", "sweep/winner.yaml"))
+    for found in (used, alone):
+        assert found["optimizer"]["lr"] == 2e-3
+        assert found["ema"]["decay"] == 0.5
+    assert not alone["sweep"]["enabled"]
+    state = phase_state.load(swept / "phase_state.json")
+    messages = [entry.message for entry in state.history if entry.event == "sweep"]
+    assert any("trial 1 wins" in message for message in messages)
+    assert "ema_decay_0.5 is confirmed" in messages[-1]
+    assert set(read_winner(swept).confirmed) == {"ema_decay_0.5", "ema_decay_0.9", "ema_decay_0.99", "ema_power_0.1"}
+    assert main(["status", str(swept)]) == 0
+    text = capsys.readouterr().out
+    assert "sweep: finished" in text
+    assert "trial_000 optimizer.lr=1e-09: finished" in text
+
+
+def test_trials_leave_their_records_and_no_checkpoints(swept):
+    for trial in ("trial_000", "trial_001"):
+        assert read_events(swept / "sweep" / trial, SECOND, "step")
+        assert not list((swept / "sweep" / trial).rglob("*.safetensors"))
+
+
+def test_a_trial_that_is_plainly_bad_is_given_up_early_and_the_next_one_starts(plain, config, capsys):
+    """By successive halving, one trial at a time, on a Ray without a dashboard; all resources come back."""
+    import ray
+
+    out = config.parent / "halved"
+    before_phase_two(plain, out)
+    space = "{optimizer.lr: {grid: [2.0e-3, 1.0e-9, 1.0e-3]}}"
+    settings = {
+        "sweep__epochs": 3, "sweep__scheduler": "asha", "sweep__reduction_factor": 2, "sweep__space": space,
+        "sweep__max_concurrent_trials": 1, "sweep__keep_trials": "true",
+    }  # fmt: skip
+    assert main(["sweep", *words(config, out, **settings)]) == 0
+    trials = read_sweep(out).trials
+    assert [trial.status for trial in trials][:2] == ["finished", "stopped"]
+    assert trials[1].results[0].epoch == 1
+    assert trials[1].results[-1].epoch < 3
+    assert trials[2].results
+    assert read_winner(out).trial != 1
+    until = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < until, ray.available_resources()
+        time.sleep(0.5)
+    assert main(["sweep", *words(config, out, **settings)]) == 0
+    assert "is finished" in capsys.readouterr().out
