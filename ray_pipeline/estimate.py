@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ray_pipeline.models.noise_embedding import FREQUENCIES
 from ray_pipeline.monitoring.progress import format_bytes, format_count, format_seconds
 from ray_pipeline.phase_sections import PhaseConfig
 from ray_pipeline.storage import is_uri
+from ray_pipeline.sweep_space import count, decays, phase_index
 from ray_pipeline.training.build import make_network, precision
 
 #: share of the measured matrix-multiply rate that a whole training step is assumed to reach
@@ -64,6 +66,36 @@ def estimate_phase(config: Config, phase: PhaseConfig, num_samples: int) -> Phas
         # last epoch, where it is one of save_epochs, is not there before it is the new one
         checkpoints=len(phase.save_epochs) + (2 if phase.epochs in phase.save_epochs else 3),
         snapshot_bytes=_HALF * parameters * len(ema.power_stds) * ema.snapshots if ema.enabled else 0,
+    )
+
+
+@dataclass(frozen=True)
+class SweepEstimate:
+    """A sweep: trainings, optimizer steps of each, floating-point operations of all, and disk until the best one is
+    gone on from."""
+
+    trials: int
+    steps: int
+    flops: float
+    bytes: int
+
+
+def estimate_sweep(config: Config, phases: Sequence[PhaseEstimate]) -> SweepEstimate | None:
+    """None where there is no sweep."""
+    if not config.sweep.enabled:
+        return None
+    sweep, index = config.sweep, phase_index(config)
+    share, estimate = sweep.epochs / config.phases[index].epochs, phases[index]
+    followed = {config.ema.decay, *config.ema.more_decays}
+    more = len({*decays(config), *followed}) - len(followed)
+    checkpoint = estimate.checkpoint_bytes + _FLOAT * estimate.parameters * more
+    trials = count(config)
+    return SweepEstimate(
+        trials=trials,
+        steps=math.ceil(estimate.steps * share),
+        flops=trials * share * estimate.flops,
+        # of each trial the best and the last, and a new one before an old one goes
+        bytes=int(trials * (3 * checkpoint + share * estimate.snapshot_bytes)),
     )
 
 
@@ -126,9 +158,10 @@ def _tokens(config: Config) -> int:
     return (config.model.latent_size // config.model.shape["patch_size"]) ** 2
 
 
-def output_bytes(phases: list[PhaseEstimate]) -> int:
+def output_bytes(phases: Sequence[PhaseEstimate], sweep: SweepEstimate | None = None) -> int:
     """Disk that the run directory needs at most."""
     needed = sum(phase.checkpoint_bytes * phase.checkpoints + phase.snapshot_bytes for phase in phases)
+    needed += sweep.bytes if sweep else 0
     return int(_MARGIN * needed) + 64 * 2**20
 
 
@@ -214,8 +247,17 @@ def report(config: Config, job: EncodeJob, tiles: dict[str, int], samples: list[
             f"  memory     {format_bytes(worker_memory(config, phase))} a worker, about",
             f"  time       {format_seconds(seconds)}, about",
         ]
+    sweep = estimate_sweep(config, phases)
+    if sweep:
+        seconds = sweep.flops / (rate * ASSUMED_EFFICIENCY * workers)
+        total += seconds
+        lines += [
+            f"sweep        {sweep.trials} trials of {sweep.steps} steps ({config.sweep.epochs} epochs of "
+            f"{config.sweep.trains}), those of the best are not lost: {format_bytes(sweep.bytes)} meanwhile, "
+            f"{format_seconds(seconds)} on one group of workers, about"
+        ]
     lines += [
-        f"output       {config.output_dir}: up to {format_bytes(output_bytes(phases))}",
+        f"output       {config.output_dir}: up to {format_bytes(output_bytes(phases, sweep))}",
         f"time         {format_seconds(total)} for all phases, if a step reaches {ASSUMED_EFFICIENCY:.0%} of the "
         f"{rate / 1e9:.0f} GFLOP/s ({kind} matrix product on {device.type}) measured on this machine just now",
     ]

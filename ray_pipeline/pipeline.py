@@ -196,7 +196,8 @@ def train(
     estimates = [estimate.estimate_phase(config, *pair) for pair in zip(config.phases, samples, strict=True)]
     store = config.checkpoint.store
     place, key = (store, "checkpoint.store") if store else (config.output_dir, "output_dir")
-    estimate.check_disk(place, estimate.output_bytes(estimates) - _bytes_in(Path(place)), key)
+    to_come = None if read_winner(config.output_dir) else estimate.estimate_sweep(config, estimates)
+    estimate.check_disk(place, estimate.output_bytes(estimates, to_come) - _bytes_in(Path(place)), key)
     start.accept(prepared.fingerprint.store)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
@@ -302,6 +303,8 @@ def initial_weights(config: Config, index: int) -> str | None:
 def dry_run(config: Config) -> str:
     """Steps, epochs, disk, memory and time of `train`, as text; writes nothing."""
     config = _absolute(config)
+    if config.sweep.enabled:
+        check_space(config)
     estimate.check_writable(config.output_dir, "output_dir")
     estimate.check_writable(encode_job(config).store, "data.latents")
     settings = config.data.simulate

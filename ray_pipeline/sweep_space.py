@@ -94,7 +94,8 @@ def check_space(config: Config) -> None:
             why = "expected choice or grid" if config.ema.enabled else "ema.enabled is false"
             raise UserError(f"sweep.space.{DECAY}: {why}, since every trial follows all of its values; change it")
         for value in dimension.bounds if dimension.values is None else dimension.values:
-            with_values(config, {key: value}, f"sweep.space.{key}, value {value!r}")
+            alone = {"ema.more_decays": []} if key == DECAY else {}  # they may be among its values
+            with_values(config, {key: value, **alone}, f"sweep.space.{key}, value {value!r}")
     grids = math.prod(len(values) for values in _grids(config).values())
     if config.sweep.num_trials < grids:
         raise UserError(
@@ -135,7 +136,8 @@ def with_values(config: Config, values: Mapping[str, Any], source: str) -> Confi
     """A config with these keys set; UserError naming `source` for what it does not take."""
     tree = config.dump()
     for key, value in values.items():
-        *path, last = _general(key, config).replace(PHASE, f"phases.{phase_index(config)}.").split(".")
+        own = key.replace(PHASE, f"phases.{phase_index(config)}.") if key.startswith(PHASE) else key
+        *path, last = own.split(".")
         node: Any = tree
         for part in path:
             node = node[int(part)] if isinstance(node, list) and part.isdecimal() else _below(node, part, key)

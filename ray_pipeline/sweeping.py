@@ -64,11 +64,11 @@ def search(config: Config, latents: str, init: str | None, say: Callable[[str], 
     now = with_values(config, winner.overrides, "the sweep's winner")
     alone = now.model_copy(update={"sweep": now.sweep.model_copy(update={"enabled": False})})
     replace_file(folder / "winner.yaml", alone.to_yaml().encode())
-    adopt(now, record.trials[winner.trial], winner)
+    if adopt(now, record.trials[winner.trial], winner):
+        verb = "begins" if continues(config) else "resumes"
+        say(f"sweep     {name} {verb} from {winner.checkpoint} (step {winner.step}, position {winner.position})")
     if not config.sweep.keep_trials:
         discard_trials(config, record)
-    verb = "begins" if continues(config) else "resumes"
-    say(f"sweep     {name} {verb} from {winner.checkpoint} (step {winner.step}, position {winner.position})")
     return now
 
 

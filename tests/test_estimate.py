@@ -14,6 +14,7 @@ from ray_pipeline.config import parse_config
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.progress import format_bytes
+from ray_pipeline.sweep_sections import SweepConfig
 from ray_pipeline.training.build import make_network, make_state
 
 HINTS = ("denoising", "canny")
@@ -200,6 +201,21 @@ def test_output_has_room_for_every_kept_checkpoint():
     phases = [estimate.estimate_phase(config, phase, 10) for phase in config.phases]
     needed = sum(phase.checkpoint_bytes * phase.checkpoints for phase in phases)
     assert needed < estimate.output_bytes(phases) < 1.2 * needed + 2**27
+
+
+def test_a_sweep_counts_as_trials_of_the_first_epochs_with_every_candidate_s_average():
+    sweep = {"enabled": True, "epochs": 2, "num_trials": 9, "space": {
+        "model.dropout": {"grid": [0.0, 0.1, 0.2]}, "ema.decay": {"grid": [0.9, 0.99, 0.9999]}}}  # fmt: skip
+    phases = [{"name": "phase1_unconditional", "epochs": 2}, {"name": "phase2_conditional", "epochs": 8}]
+    config = parse_config({"phases": phases, "model": {"architecture": "DiT-S/8"}, "sweep": sweep})
+    plain = [estimate.estimate_phase(config, phase, 1024) for phase in config.phases]
+    found = estimate.estimate_sweep(config, plain)
+    assert (found.trials, found.steps) == (3, plain[1].steps // 4)
+    assert found.flops == pytest.approx(3 * plain[1].flops / 4)
+    per_trial = 3 * (plain[1].checkpoint_bytes + 2 * 4 * plain[1].parameters) + plain[1].snapshot_bytes / 4
+    assert found.bytes == pytest.approx(3 * per_trial)
+    assert estimate.output_bytes(plain, found) > estimate.output_bytes(plain) + found.bytes
+    assert estimate.estimate_sweep(config.model_copy(update={"sweep": SweepConfig()}), plain) is None
 
 
 def test_a_full_disk_is_named_with_what_is_free_and_needed(tmp_path):

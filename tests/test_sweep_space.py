@@ -84,6 +84,11 @@ def test_keys_of_the_trained_phase_reach_it():
     assert with_values(same, point(same, 0), "a trial").phases[1].lr == 1e-5
 
 
+def test_candidates_for_the_decay_may_be_tracked_beside_it_already():
+    config = config_of({"ema.decay": {"grid": [0.9, 0.99]}})
+    check_space(config.model_copy(update={"ema": config.ema.model_copy(update={"more_decays": (0.9, 0.99)})}))
+
+
 def test_trials_of_the_first_phase_continue_it():
     assert continues(config_of({}, trains="phase1_unconditional"))
     assert not continues(config_of({}))

@@ -76,6 +76,8 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
             if run.state.step % run.config.monitoring.log_every_n_steps == 0 or run.state.step == run.end_step:
                 interval.report(records)
             finish_step(run, records)
+            if records and run.job.judged and run.state.step < run.end_step and ended_epochs(run):
+                watch.await_verdict(run.state.step)
             if records:
                 records.after_step(save=result.save)
             if result.stop:

@@ -37,7 +37,7 @@ from ray_pipeline.training.state import TrainState, load_weights
 class PhaseJob:
     """What the driver tells each worker. init: checkpoint folder to begin from, or None. stop: the Board (stopping.py)
     of the run; None where nobody may ask it to stop. epochs: leave the phase after so many, to be gone on with; None:
-    train it to its end."""
+    train it to its end. judged: wait after each epoch until the board says whether to go on."""
 
     config: dict
     phase: int
@@ -45,6 +45,7 @@ class PhaseJob:
     init: str | None
     stop: Any = None
     epochs: int | None = None
+    judged: bool = False
 
 
 def job_values(job: PhaseJob) -> dict:

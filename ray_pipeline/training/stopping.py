@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 
 import ray
 import ray.train
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -43,11 +44,12 @@ class News:
 
 
 class Board:
-    """Actor with the wishes of the driver and the news of a run; only `wait` takes its time."""
+    """Actor with the wishes of the driver and the news of a run; only `wait` and `verdict` take their time."""
 
     def __init__(self):
         self._reason = ""
         self._asked = asyncio.Event()
+        self._judged, self._verdict = 0, asyncio.Event()
         self._controller: ActorHandle | None = None
         self._unplaced_since: float | None = time.monotonic()
         self._committed: tuple[int, str] | None = None
@@ -61,6 +63,21 @@ class Board:
     async def wait(self) -> str:
         """Why to stop, once anybody asks."""
         await self._asked.wait()
+        return self._reason
+
+    async def judge(self, step: int) -> None:
+        """Who waits for a verdict on `step` may go on, unless someone asked to stop."""
+        self._judged = max(self._judged, step)
+        self._verdict.set()
+
+    async def verdict(self, step: int) -> str:
+        """Why to stop, or "" to go on, once step `step` was judged."""
+        while self._judged < step and not self._asked.is_set():
+            self._verdict.clear()
+            waits = [asyncio.ensure_future(event.wait()) for event in (self._verdict, self._asked)]
+            _, late = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in late:
+                wait.cancel()
         return self._reason
 
     async def controlled_by(self, controller: ActorHandle) -> None:
@@ -126,6 +143,12 @@ class StopWatch:
             return False
         self._leaving.update(notice.preempted_node_to_ranks)
         return True
+
+    def await_verdict(self, step: int) -> None:
+        """Wait until step `step` was judged; `stop` tells how."""
+        if self._board is not None:
+            with suppress(RayActorError):  # without its driver nobody judges
+                self._reason = ray.get(self._board.verdict.remote(step)) or self._reason
 
     def committed(self, step: int, checkpoint: str) -> None:
         """Tell the driver of a commit; does not wait."""

@@ -33,7 +33,7 @@ from ray_pipeline.sweep_records import (
 )
 from ray_pipeline.sweep_space import DECAY, PHASE, continues, decays, phase_index
 from ray_pipeline.training.ema import average_group
-from ray_pipeline.training.trial import GroupsOf, searched_averages, trial_config
+from ray_pipeline.training.trial import searched_averages, trial_config
 from ray_pipeline.training.validation import read_tile_losses, standard_error
 
 WINNER = "winner"
@@ -109,15 +109,16 @@ def choose(config: Config, record: SweepRecord, candidates: list[Candidate]) -> 
     )
 
 
-def adopt(config: Config, trial: TrialRecord, winner: Winner) -> None:
-    """Give the run what the winning trial has learnt. config: the run's, with the winner's overrides.
+def adopt(config: Config, trial: TrialRecord, winner: Winner) -> bool:
+    """Give the run what the winning trial has learnt, unless it has it already. config: the run's, with the winner's
+    overrides.
 
     The phase that trials were the first epochs of gets its checkpoint, records and stored averages, and goes on from
     there; one that follows a phase which trials continued begins from it.
     """
     store = _sweep_store(config) if continues(config) else CheckpointStore(config.checkpoint_store)
     if store.names(winner.phase):
-        return
+        return False
     own, source = trial_config(config, trial.name, trial.values), _trial_checkpoint(config, trial)
     weights = header_in(source.state, source.folder).model_copy(update={"ema": winner.track})
     state = {key: value for key, value in source.state.items() if key != "attempt"}
@@ -130,12 +131,12 @@ def adopt(config: Config, trial: TrialRecord, winner: Winner) -> None:
     state["metrics"] = state["metrics"] | {"val_loss": winner.loss}
     if continues(config):
         store.save(WINNER, source, state, weights.metadata())
-        return
+        return True
     copy_records(own.output_dir, config.output_dir, winner.phase, winner.step)
     _copy_snapshots(config, trial, winner.phase)
     store.begin(winner.phase, source.state["world_size"]).update(start_step=0)
-    groups = GroupsOf(source, {group: group for group in source})
-    store.save(checkpoint_name(winner.phase, winner.step, winner.epoch), groups, state, weights.metadata())
+    store.save(checkpoint_name(winner.phase, winner.step, winner.epoch), source, state, weights.metadata())
+    return True
 
 
 def discard_trials(config: Config, record: SweepRecord) -> None:

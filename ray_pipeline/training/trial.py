@@ -162,6 +162,7 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
         latents=sweep.latents,
         init=None if more else sweep.init,
         epochs=None if more else base.sweep.epochs,
+        judged=base.sweep.scheduler != "fifo",
     )
     board, ended, told = open_board(), [], 0
 
@@ -184,6 +185,11 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
             for result in [] if reason else epoch_results(config, phase, sweep.epochs_before)[told:]:
                 told += 1
                 ray.tune.report({"loss": judged.loss(result), "epoch": result.epoch})
+                reason = ray.get(notes.asked.remote(number))
+                if reason:
+                    board.stop.remote(reason)
+                    break
+                board.judge.remote(result.step)
             if last:
                 break
             thread.join(_POLL_SECONDS)
@@ -202,12 +208,12 @@ def _seed(config: Config, source: Checkpoint) -> None:
         return
     wanted = [average_group(decay) for decay in (config.ema.decay, *config.ema.more_decays)]
     new = [group for group in wanted if config.ema.enabled and group not in source]
-    groups = GroupsOf(source, {group: group for group in source} | dict.fromkeys(new, source.state["weights"]["ema"]))
+    groups = _Groups(source, {group: group for group in source} | dict.fromkeys(new, source.state["weights"]["ema"]))
     state = {key: value for key, value in source.state.items() if key != "attempt"}
     store.save(source.name, groups, state)
 
 
-class GroupsOf(Mapping):
+class _Groups(Mapping):
     """Groups of a checkpoint, by names that may be others than its own; each is read when it is asked for."""
 
     def __init__(self, source: Checkpoint, names: Mapping[str, str]):

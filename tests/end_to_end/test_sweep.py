@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 
-from ray_pipeline.checkpoints import CheckpointStore
+from ray_pipeline import pipeline
+from ray_pipeline.checkpoints import CheckpointStore, open_checkpoint
 from ray_pipeline.cli import main
+from ray_pipeline.config import load_config
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
 from ray_pipeline.sweep_records import read_sweep, read_winner
@@ -177,3 +179,27 @@ def test_a_trial_that_is_plainly_bad_is_given_up_early_and_the_next_one_starts(p
         time.sleep(0.5)
     assert main(["sweep", *words(config, out, **settings)]) == 0
     assert "is finished" in capsys.readouterr().out
+
+
+def test_trials_may_continue_the_first_phase_and_the_next_begins_from_the_best(plain, config):
+    """An average that was not followed so far begins as the one that validation used."""
+    out = config.parent / "continued"
+    before_phase_two(plain, out)
+    settings = {
+        "sweep__trains": "phase1_unconditional", "sweep__epochs": 1, "sweep__keep_trials": "true",
+        "sweep__space": "{ema.decay: {grid: [0.5, 0.7]}}",
+    }  # fmt: skip
+    assert main(["sweep", *words(config, out, **settings)]) == 0
+    winner, first = read_winner(out), CheckpointStore(out / "checkpoints").latest("phase1_unconditional")
+    assert winner.overrides["phases.1.init"] == winner.checkpoint
+    best = open_checkpoint(winner.checkpoint)
+    assert best.state["weights"]["ema"] == winner.track
+    assert best.state["step"] == winner.step == first.state["step"] + 3
+    trial = CheckpointStore(out / "sweep" / "trial_000" / "checkpoints")
+    seed = trial.load(trial.names()[0])
+    assert torch.equal(*(seed[name]["final_layer.linear.weight"] for name in ("ema_decay_0.7", "ema_decay_0.5")))
+    for group in first:
+        for name, tensor in first[group].items():
+            assert torch.equal(tensor, seed[group][name])
+    used = load_config(out / "config.yaml")
+    assert pipeline.initial_weights(used, 1) == winner.checkpoint

@@ -25,10 +25,11 @@ def config_of(folder: Path, **settings):
     return parse_config({"output_dir": str(folder), "phases": [{"name": "one", "epochs": 1}], "ray": settings})
 
 
-def attend(folder: Path, loop: Callable, board=None, **settings) -> None:
-    """Run `loop(job, folder)` in Train workers as a phase is run."""
+def attend(folder: Path, loop: Callable, board=None, collective_minutes=30.0, **settings) -> None:
+    """Run `loop(job, folder)` in Train workers as a phase is run; workers wait for each other so long."""
     config, board = config_of(folder, **settings), board or open_board()
-    trainer = make_trainer(config, PhaseJob({}, 0, "", None, stop=board))
+    waiting = config_of(folder, **settings | {"timeout_minutes": collective_minutes})
+    trainer = make_trainer(waiting, PhaseJob({}, 0, "", None, stop=board))
     trainer.train_loop_per_worker = lambda job: loop(job["stop"], folder)
     Attendance(config, board).attend(trainer)
 
@@ -139,7 +140,7 @@ def test_a_rank_that_hangs_or_raises_stops_the_others_and_the_last_traceback_arr
         divide_by_nothing(0)
 
     with pytest.raises(RuntimeError, match=r"rank 1: (.|\n)*in divide_by_nothing\n(.|\n)*ZeroDivisionError"):
-        attend(tmp_path, loop, num_workers=2, max_failures=1, timeout_minutes=0.3)
+        attend(tmp_path, loop, num_workers=2, max_failures=1, collective_minutes=0.2)
     assert [(tmp_path / f"attempt_{rank}").read_text() for rank in (0, 1)] == ["started\n" * 2] * 2
 
 
