@@ -155,7 +155,7 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / CONFIG_FILE, config.to_yaml().encode())
     if more:
-        _seed(config, open_checkpoint(sweep.init))
+        seed_trial(config, open_checkpoint(sweep.init))
     job = PhaseJob(
         config=config.dump(),
         phase=index,
@@ -200,7 +200,7 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
         raise ended[0]
 
 
-def _seed(config: Config, source: Checkpoint) -> None:
+def seed_trial(config: Config, source: Checkpoint) -> None:
     """Give a trial that continues a finished phase its last checkpoint. An average that was not followed so far begins
     as the one that validation used."""
     store = CheckpointStore(config.checkpoint_store)
