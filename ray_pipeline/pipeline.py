@@ -38,6 +38,7 @@ from ray_pipeline.sweep_space import check_space, continues, phase_index
 from ray_pipeline.sweeping import confirm, search, served_phase, with_winner
 from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
+from ray_pipeline.training.sweep import trials_at_once
 
 
 @dataclass(frozen=True)
@@ -201,14 +202,18 @@ def train(
     start.accept(prepared.fingerprint.store)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
+        if to_come is not None:
+            trials_at_once(config)
         encode(config, prepared)
         for index in range(len(config.phases)):
-            if config.sweep.enabled and index == served_phase(config):
+            swept = config.sweep.enabled or read_winner(config.output_dir) is not None
+            if swept and index == served_phase(config):
                 config = search(config, prepared.job.store, _first_weights(config), say)
                 start = replace(start, config=config)
                 start.write_config()
             phase = config.phases[index]
             if start.state().phase(phase.name).is_done(phase.epochs):
+                confirm(config, index, say)  # a kill may have come before it
                 continue
             job = PhaseJob(
                 config=config.dump(),
@@ -227,11 +232,12 @@ def sweep(config: Config, *, resume: bool = False, verbose: bool = False, say: C
     config = _absolute(config)
     config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"enabled": True})})
     check_space(config)
-    if read_winner(config.output_dir) is not None:
-        say(f"the sweep of {config.output_dir} is finished; take {sweep_folder(config.output_dir)} away to search anew")
-        return sweep_folder(config.output_dir)
-    if read_sweep(config.output_dir) is not None and not resume:
+    winner = read_winner(config.output_dir)
+    if winner is None and read_sweep(config.output_dir) is not None and not resume:
         raise UserError(f"{sweep_folder(config.output_dir)} holds a sweep already; go on with --resume")
+    if winner is not None:
+        say(f"the sweep of {config.output_dir} is finished; take {sweep_folder(config.output_dir)} away to search anew")
+    config = with_winner(config, say)
     start = open_run(config, resume=True)
     state = start.state()
     for phase in config.phases[: served_phase(config)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Mapping
@@ -29,9 +30,11 @@ _FIXED = {
     ),
     "the sweep itself sets it": ("phases[].name", "phases[].epochs", "phases[].init", "sweep", "ema.more_decays"),
     "it does not change what is learnt": (
-        "output_dir", "checkpoint", "ray", "phases[].epochs_to_save", "ema.snapshots", "ema.enabled",
+        "output_dir", "checkpoint", "ray", "phases[].epochs_to_save", "ema.snapshots", "ema.power_stds", "ema.enabled",
     ),
+    "it belongs to a phase that the trials do not train": ("phases",),
 }  # fmt: skip
+_MANY = 100_000
 _STREAM = 0x5EE9  # of random numbers that are the sweep's own
 
 
@@ -80,7 +83,7 @@ def space_of(config: Config) -> dict[str, Dimension]:
 def decays(config: Config) -> tuple[float, ...]:
     """Candidates for ema.decay, which every trial follows; none where it is not searched."""
     dimension = space_of(config).get(DECAY)
-    return () if dimension is None else tuple(dimension.values)
+    return () if dimension is None else tuple(float(value) for value in dimension.values)
 
 
 def check_space(config: Config) -> None:
@@ -88,7 +91,8 @@ def check_space(config: Config) -> None:
     trained_phase(config)
     for key, dimension in space_of(config).items():
         for why, keys in _FIXED.items():
-            if any(_general(key, config) == fixed or _general(key, config).startswith(f"{fixed}.") for fixed in keys):
+            general = _general(key, config)
+            if any(general == fixed or general.startswith(f"{fixed}.") for fixed in keys):
                 raise UserError(f"sweep.space.{key} cannot be searched: {why}; leave it out")
         if key == DECAY and (dimension.values is None or not config.ema.enabled):
             why = "expected choice or grid" if config.ema.enabled else "ema.enabled is false"
@@ -96,6 +100,14 @@ def check_space(config: Config) -> None:
         for value in dimension.bounds if dimension.values is None else dimension.values:
             alone = {"ema.more_decays": []} if key == DECAY else {}  # they may be among its values
             with_values(config, {key: value, **alone}, f"sweep.space.{key}, value {value!r}")
+    if config.sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError(
+            "sweep.search=optuna needs the package optuna; install it with `pip install ray-pipeline[optuna]`, or use "
+            "random"
+        )
+    for number in range(count(config) if config.sweep.search == "random" else 0):
+        values = point(config, number)
+        with_values(config, values, f"sweep.space, trial {number} ({values})")
     grids = math.prod(len(values) for values in _grids(config).values())
     if config.sweep.num_trials < grids:
         raise UserError(
@@ -125,8 +137,11 @@ def point(config: Config, number: int) -> Point:
 def _draw(seed: int, number: int, dimensions: Mapping[str, Dimension]) -> Point:
     lists = {key: dimension.values for key, dimension in dimensions.items() if dimension.values is not None}
     sizes = [len(values) for values in lists.values()]
-    order = np.random.default_rng([seed, _STREAM]).permutation(math.prod(sizes))
-    places = np.unravel_index(order[number % len(order)], sizes) if sizes else ()
+    total, rng = math.prod(sizes), np.random.default_rng([seed, _STREAM])
+    # of very many combinations, two that are drawn hardly ever agree
+    few = total <= _MANY
+    index = rng.permutation(total)[number % total] if few else rng.integers(total, size=number + 1)[-1]
+    places = np.unravel_index(index, sizes) if sizes else ()
     found = {key: values[place] for (key, values), place in zip(lists.items(), places, strict=True)}
     shares = iter(np.random.default_rng([seed, _STREAM, number]).random(len(dimensions)).tolist())
     return found | {key: d.at(next(shares)) for key, d in dimensions.items() if d.values is None}

@@ -25,7 +25,8 @@ def with_winner(config: Config, say: Callable[[str], None] = print) -> Config:
     if winner is None:
         return config
     say(f"sweep     {winner.in_words} (trial {winner.trial}, {sweep_folder(config.output_dir) / 'winner.json'})")
-    return with_values(config, winner.overrides, "the sweep's winner")
+    trained = config.model_copy(update={"sweep": config.sweep.model_copy(update={"trains": winner.phase})})
+    return with_values(trained, winner.overrides, "the sweep's winner")
 
 
 def served_phase(config: Config) -> int:
@@ -38,20 +39,23 @@ def search(config: Config, latents: str, init: str | None, say: Callable[[str], 
 
     init: checkpoint that the trials begin from; None where they continue a finished phase.
     """
-    folder, state = sweep_folder(config.output_dir), mend_state(config)
+    folder = sweep_folder(config.output_dir)
     winner = read_winner(config.output_dir)
     name = config.phases[served_phase(config)].name
     if winner is None:
-        if state.phase(name).checkpoints:
+        begun = CheckpointStore(config.checkpoint_store).names(name)
+        if begun:
             raise UserError(
-                f"phase {name} has begun without the sweep, which comes before it; set sweep.enabled=false, or another "
-                "output_dir"
+                f"phase {name} has begun ({', '.join(begun)} in {config.checkpoint_store}), and the sweep comes before "
+                "it; set sweep.enabled=false, take these checkpoints away, or set another output_dir"
             )
         _note(config, "sweep", f"sweep of {config.sweep.trains}: {count(config)} trials")
         record = run_sweep(config, _sweep_job(config, latents, init), say)
         candidates = compare(config, record)
         write_results(config, record, candidates)
         winner = choose(config, record, candidates)
+        if continues(config):  # the winner's overrides name what it has learnt, so that comes first
+            adopt(with_values(config, winner.overrides, "the sweep's winner"), record.trials[winner.trial], winner)
         winner.save(folder)
         for line in table(config, record, candidates):
             say(line)
@@ -61,10 +65,13 @@ def search(config: Config, latents: str, init: str | None, say: Callable[[str], 
         _note(config, "sweep", words)
         say(f"sweep     {words}")
     record = read_sweep(config.output_dir)
+    if record is None:
+        raise UserError(f"{folder / 'sweep.json'} is gone, and winner.json is not; bring it back, or take both away")
     now = with_values(config, winner.overrides, "the sweep's winner")
     alone = now.model_copy(update={"sweep": now.sweep.model_copy(update={"enabled": False})})
     replace_file(folder / "winner.yaml", alone.to_yaml().encode())
-    if adopt(now, record.trials[winner.trial], winner):
+    if not CheckpointStore(config.checkpoint_store).names(name):
+        adopt(now, record.trials[winner.trial], winner)
         verb = "begins" if continues(config) else "resumes"
         say(f"sweep     {name} {verb} from {winner.checkpoint} (step {winner.step}, position {winner.position})")
     if not config.sweep.keep_trials:
@@ -85,7 +92,7 @@ def _sweep_job(config: Config, latents: str, init: str | None) -> SweepJob:
 def confirm(config: Config, index: int, say: Callable[[str], None]) -> None:
     """After the phase that went on from a sweep: is the average that won still the best?"""
     winner = read_winner(config.output_dir)
-    if winner is None or index != served_phase(config) or winner.track is None:
+    if winner is None or winner.confirmed or index != served_phase(config) or winner.track is None:
         return
     metrics = mend_state(config).phase(config.phases[index].name).metrics
     found = {key.removeprefix("val_loss/"): loss for key, loss in metrics.items() if key.startswith("val_loss/")}

@@ -105,6 +105,11 @@ def test_trials_of_the_first_phase_continue_it():
         ({"phases.1.epochs": {"choice": [8]}}, r"phases.1.epochs cannot be searched: the sweep itself sets it"),
         ({"model.dropout": {"choice": [0.1, 1.5]}}, r"sweep.space.model.dropout, value 1.5: model.dropout: "),
         ({"model.dropout": {"uniform": [0.1, 1.5]}}, r"sweep.space.model.dropout, value 1.5: model.dropout: "),
+        (
+            {"phases.0.lr": {"choice": [1e-4]}},
+            r"phases.0.lr cannot be searched: it belongs to a phase",
+        ),
+        ({"optimizer.warmup_steps": {"uniform": [0, 100]}}, r"sweep.space, trial 0 .*optimizer.warmup_steps: "),
         ({"ema.decay": {"uniform": [0.9, 0.99]}}, r"sweep.space.ema.decay: expected choice or grid"),
         ({"optimizer.lr": {"grid": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]}}, r"num_trials=6 does not cover the 7"),
     ],

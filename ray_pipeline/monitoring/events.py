@@ -166,19 +166,17 @@ def read_events(run_dir: str | Path, phase: str | None = None, event: str | None
 
 
 def copy_records(source: str | Path, target: str | Path, phase: str, until: int) -> None:
-    """Give the run `target` the steps, validations and faults of a phase of the run `source` up to a step, unless it
-    has records of this phase."""
+    """Give the run `target` the steps, validations and faults of a phase of the run `source` up to a step, in place of
+    those that it has of this phase."""
     path = metrics_path(target)
-    before = path.read_bytes() if path.exists() else b""
-    if any(record.get("phase") == phase for record in map(parse_line, whole_lines(before)) if record is not None):
-        return
-    taken = []
+    lines = whole_lines(path.read_bytes()) if path.exists() else ()
+    kept = [line for line in lines if (parse_line(line) or {}).get("phase") != phase]
     for line in whole_lines(metrics_path(source).read_bytes()):
-        record = parse_line(line)
-        if record is not None and record.get("event") in ("step", "validation", "fault") and record["step"] <= until:
-            taken.append(line + b"\n")
+        record = parse_line(line) or {}
+        taken = record.get("event") in ("step", "validation", "fault") and record["phase"] == phase
+        kept += [line] if taken and record["step"] <= until else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, before + b"".join(taken))
+    replace_file(path, b"".join(line + b"\n" for line in kept))
 
 
 def _restore_floats(record: dict) -> dict:

@@ -23,7 +23,7 @@ from ray_pipeline.training.setup import PhaseJob, PhaseRun, open_data, open_phas
 from ray_pipeline.training.snapshots import snapshot_is_due
 from ray_pipeline.training.step import StepInput, StepResult, avoid, learning_rate, optimize, prepared, warm_up
 from ray_pipeline.training.stopping import StopWatch
-from ray_pipeline.training.validation import paired_gain, untrained_loss, validate, validate_averages
+from ray_pipeline.training.validation import has_tile_losses, paired_gain, untrained_loss, validate, validate_averages
 
 _UNTRAINED_TOLERANCE = 0.02
 
@@ -76,7 +76,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
             if run.state.step % run.config.monitoring.log_every_n_steps == 0 or run.state.step == run.end_step:
                 interval.report(records)
             finish_step(run, records)
-            if records and run.job.judged and run.state.step < run.end_step and ended_epochs(run):
+            if records and run.job.judged and run.state.step < run.end_step and has_tile_losses(run):
                 watch.await_verdict(run.state.step)
             if records:
                 records.after_step(save=result.save)

@@ -59,9 +59,15 @@ def groups_that_fit(config: Config) -> int:
     need["CPU"] += stream_cpus(config)
     if stream_gpus(config):
         need["GPU"] = need.get("GPU", 0) + workers * stream_workers(config) * stream_gpus(config)
-    rooms = sum(_room(node["Resources"], each) for node in ray.nodes() if node["Alive"])
+    rooms = [_room(node["Resources"], each) for node in ray.nodes() if node["Alive"]]
+    groups = sum(rooms) // workers
+    if settings.placement_strategy == "STRICT_PACK":
+        groups = sum(room // workers for room in rooms)
+    elif settings.placement_strategy == "STRICT_SPREAD":  # of each group one worker a node
+        while sum(min(room, groups) for room in rooms) < groups * workers:
+            groups -= 1
     whole = [round(1e4 * have.get(name, 0)) // max(1, round(1e4 * amount)) for name, amount in need.items()]
-    return max(1, min(rooms // workers, *whole))
+    return max(1, min(groups, *whole))
 
 
 def placement_in_words(config: Config) -> str:

@@ -103,8 +103,12 @@ class Board:
 
 def open_board() -> ActorHandle:
     """A Board on the driver's node: the loss of another node does not take it away."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=on_this_node()).remote()
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For an actor that is to live as long as the driver's node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class StopWatch:

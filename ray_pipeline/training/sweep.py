@@ -26,23 +26,26 @@ from ray.actor import ActorHandle
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import Config
 from ray_pipeline.config_changes import differences
 from ray_pipeline.config_kinds import Kind, rule_of
 from ray_pipeline.errors import RunStopped, UserError
 from ray_pipeline.monitoring.phase_state import utc_now
-from ray_pipeline.sweep_records import SweepRecord, TrialRecord, read_sweep, sweep_folder
+from ray_pipeline.storage import Folder
+from ray_pipeline.sweep_records import FOLDER, SweepRecord, TrialRecord, read_sweep, sweep_folder
 from ray_pipeline.sweep_space import Point, count, phase_index, point, space_of
 from ray_pipeline.training.launch import check_resources
 from ray_pipeline.training.placement import groups_that_fit
-from ray_pipeline.training.stopping import SIGNAL_NAMES, signals_into
+from ray_pipeline.training.stopping import SIGNAL_NAMES, on_this_node, signals_into
 from ray_pipeline.training.trial import (
     Notes,
     SweepJob,
     epoch_results,
     run_trial,
     searched_averages,
-    trial_config,
+    trial_folder,
+    trial_store,
 )
 
 #: a trial's own process is light, and beside the workers' CPUs there may be none left for it
@@ -69,7 +72,7 @@ def run_sweep(config: Config, job: SweepJob, say: Callable[[str], None]) -> Swee
     record = _opened(config, read_sweep(config.output_dir), folder)
     waiting = [trial for trial in record.trials if trial.status in _OPEN]
     if waiting or len(record.trials) < count(config):
-        at_once = _at_once(config)
+        at_once = trials_at_once(config)
         done = len(record.trials) - len(waiting)
         say(f"sweep     {count(config)} trials of {config.sweep.epochs} epoch(s), {done} done, {at_once} at once")
         _Driver(config, job, record, folder, say).drive(at_once)
@@ -84,9 +87,10 @@ def run_sweep(config: Config, job: SweepJob, say: Callable[[str], None]) -> Swee
 def _opened(config: Config, record: SweepRecord | None, folder: Path) -> SweepRecord:
     """The record to go on with. A sweep keeps the settings that it was begun with."""
     if record is None:
+        Folder(config.checkpoint_store).child(FOLDER).delete()  # of a sweep whose records were taken away
         return SweepRecord(base=config.dump(), averages=searched_averages(config))
     before = Config.model_validate(record.base)
-    changed = [str(found) for found in differences(before, config) if _decides(found.key)]
+    changed = [str(found) for found in differences(before, config) if found.is_list or _decides(found.key)]
     if changed:
         raise UserError(
             f"the sweep in {folder} was begun with other settings ({'; '.join(changed)}), so its trials could not be "
@@ -103,7 +107,7 @@ def _decides(key: str) -> bool:
     return rule_of(key).kind is not Kind.HARMLESS
 
 
-def _at_once(config: Config) -> int:
+def trials_at_once(config: Config) -> int:
     """Trials at a time."""
     asked, room = config.sweep.max_concurrent_trials, groups_that_fit(config)
     if asked != "auto" and asked > room:
@@ -119,7 +123,7 @@ class _Driver:
 
     def __init__(self, config: Config, job: SweepJob, record: SweepRecord, folder: Path, say: Callable[[str], None]):
         self.config, self.job, self.record, self.folder, self.say = config, job, record, folder, say
-        self.notes = ray.remote(num_cpus=0)(Notes).remote()
+        self.notes = ray.remote(num_cpus=0)(Notes).options(scheduling_strategy=on_this_node()).remote()
         self.trials = {trial.number: trial for trial in record.trials}
         self.search = TrialSearch(self, _inner_search(config, record))
         self.phase = config.phases[phase_index(config)].name
@@ -192,8 +196,8 @@ class _Driver:
     def note(self, number: int) -> TrialRecord:
         """Take over what a trial has recorded."""
         trial = self.record.trials[number]
-        own = trial_config(self.config, trial.name, trial.values)
-        trial.results = epoch_results(own, self.phase, self.job.epochs_before)
+        folder = trial_folder(self.config, trial.name)
+        trial.results = epoch_results(folder, self.phase, self.job.epochs_before)
         self.record.save(self.folder)
         return trial
 
@@ -204,11 +208,18 @@ class _Driver:
 
     def conclude(self, number: int) -> None:
         """After a trial returned."""
-        trial = self.note(number)
-        whole = bool(trial.results) and trial.results[-1].epoch >= self.config.sweep.epochs
-        trial.status = "finished" if whole else "interrupted" if self.search.ended else "stopped"
-        trial.message = "" if trial.status != "stopped" else f"given up after epoch {trial.results[-1].epoch}"
-        trial.ended = utc_now()
+        trial, asked = self.note(number), ray.get(self.notes.asked.remote(number))
+        trial.ended, last = utc_now(), trial.results[-1] if trial.results else None
+        committed = CheckpointStore(trial_store(self.config, trial.name)).checkpoints(self.phase)
+        whole = last and last.epoch >= self.config.sweep.epochs and committed
+        if whole and committed[-1].state["step"] == last.step:
+            trial.status = "finished"
+        elif self.search.ended:
+            trial.status = "interrupted"
+        elif asked and last:
+            trial.status, trial.message = "stopped", f"given up after epoch {last.epoch}"
+        else:
+            trial.status, trial.message = "failed", "it returned without the results and the checkpoint of its end"
         self.record.save(self.folder)
         if trial.status != "finished":
             self.say(f"sweep     {trial.name}: {trial.message or trial.status}")
@@ -303,14 +314,9 @@ def _inner_search(config: Config, record: SweepRecord) -> Searcher | None:
     """Optuna's, where it is asked for."""
     if config.sweep.search != "optuna":
         return None
-    try:
-        import optuna
-        from ray.tune.search.optuna import OptunaSearch
-    except ImportError:
-        raise UserError(
-            "sweep.search=optuna needs the package optuna; install it with `pip install ray-pipeline[optuna]`, or use "
-            "random"
-        ) from None
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
     kinds = {"uniform": ray.tune.uniform, "log_uniform": ray.tune.loguniform}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space: dict[str, Any] = {}
@@ -323,7 +329,7 @@ def _inner_search(config: Config, record: SweepRecord) -> Searcher | None:
             name = "uniform" if dimension.uniform else "log_uniform"
             space[key] = kinds[name](*dimension.bounds)
     converted = OptunaSearch.convert_search_space(space)
-    search = OptunaSearch(space=converted, metric=_METRIC, mode="min", seed=config.seed)
+    search = OptunaSearch(space=converted, metric=_METRIC, mode="min", seed=config.seed + len(record.trials))
     for trial in record.trials:  # of an earlier start
         if trial.status in ("finished", "stopped"):
             search.add_evaluated_point(dict(trial.values), record.loss(trial.results[-1]))

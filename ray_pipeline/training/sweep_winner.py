@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_pipeline.checkpoints import SUFFIX, Checkpoint, CheckpointStore
+from ray_pipeline.checkpoints import Checkpoint, CheckpointStore
 from ray_pipeline.config import Config
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.weights import header_in
@@ -33,7 +33,7 @@ from ray_pipeline.sweep_records import (
 )
 from ray_pipeline.sweep_space import DECAY, PHASE, continues, decays, phase_index
 from ray_pipeline.training.ema import average_group
-from ray_pipeline.training.trial import searched_averages, trial_config
+from ray_pipeline.training.trial import searched_averages, trial_folder, trial_store
 from ray_pipeline.training.validation import read_tile_losses, standard_error
 
 WINNER = "winner"
@@ -52,15 +52,23 @@ def compare(config: Config, record: SweepRecord) -> list[Candidate]:
     differences to the best: equal tiles, noise levels and noise, so that the differences are paired."""
     judged = []
     for trial, result in _whole(config, record):
-        own = trial_config(config, trial.name, trial.values)
-        _, stored = read_tile_losses(own.output_dir, _phase(config), result.step)
+        _, stored = read_tile_losses(trial_folder(config, trial.name), _phase(config), result.step)
         for track in searched_averages(config):
             losses = stored[track].mean(axis=1)
             found = Candidate(
                 trial=trial.number, track=track, loss=float(losses.mean()), standard_error=standard_error(losses)
             )
             judged.append(_Judged(found, losses))
-    judged.sort(key=lambda one: (not math.isfinite(one.candidate.loss), one.candidate.loss, one.candidate.trial))
+    # before ema.start_step all averages are copies of the weights: equal ones say nothing against the one configured
+    configured = average_group(config.ema.decay)
+    judged.sort(
+        key=lambda one: (
+            not math.isfinite(one.candidate.loss),
+            one.candidate.loss,
+            one.candidate.trial,
+            one.candidate.track != configured,
+        )
+    )
     for one in judged[1:]:
         _pair(one, judged[0])
     return [one.candidate for one in judged]
@@ -71,7 +79,8 @@ def _pair(one: _Judged, best: _Judged) -> None:
     one.candidate.difference = float(difference.mean())
     one.candidate.paired_standard_error = standard_error(difference)
     # a single tile has no standard error, so nothing can be told apart
-    one.candidate.tie = not one.candidate.difference > one.candidate.paired_standard_error
+    apart = one.candidate.difference > one.candidate.paired_standard_error
+    one.candidate.tie = math.isfinite(one.candidate.loss) and not apart
 
 
 def choose(config: Config, record: SweepRecord, candidates: list[Candidate]) -> Winner:
@@ -109,7 +118,7 @@ def choose(config: Config, record: SweepRecord, candidates: list[Candidate]) -> 
     )
 
 
-def adopt(config: Config, trial: TrialRecord, winner: Winner) -> bool:
+def adopt(config: Config, trial: TrialRecord, winner: Winner) -> None:
     """Give the run what the winning trial has learnt, unless it has it already. config: the run's, with the winner's
     overrides.
 
@@ -118,8 +127,8 @@ def adopt(config: Config, trial: TrialRecord, winner: Winner) -> bool:
     """
     store = _sweep_store(config) if continues(config) else CheckpointStore(config.checkpoint_store)
     if store.names(winner.phase):
-        return False
-    own, source = trial_config(config, trial.name, trial.values), _trial_checkpoint(config, trial)
+        return
+    source = _trial_checkpoint(config, trial)
     weights = header_in(source.state, source.folder).model_copy(update={"ema": winner.track})
     state = {key: value for key, value in source.state.items() if key != "attempt"}
     state |= {
@@ -131,20 +140,18 @@ def adopt(config: Config, trial: TrialRecord, winner: Winner) -> bool:
     state["metrics"] = state["metrics"] | {"val_loss": winner.loss}
     if continues(config):
         store.save(WINNER, source, state, weights.metadata())
-        return True
-    copy_records(own.output_dir, config.output_dir, winner.phase, winner.step)
+        return
+    copy_records(trial_folder(config, trial.name), config.output_dir, winner.phase, winner.step)
     _copy_snapshots(config, trial, winner.phase)
     store.begin(winner.phase, source.state["world_size"]).update(start_step=0)
     store.save(checkpoint_name(winner.phase, winner.step, winner.epoch), source, state, weights.metadata())
-    return True
 
 
 def discard_trials(config: Config, record: SweepRecord) -> None:
     """Delete the checkpoints and stored averages of the trials, the winner's too, which was adopted; records stay."""
     for trial in record.trials:
-        own = trial_config(config, trial.name, trial.values)
-        Folder(own.checkpoint_store).delete()
-        shutil.rmtree(Path(own.output_dir, "ema_snapshots"), ignore_errors=True)
+        Folder(trial_store(config, trial.name)).delete()
+        shutil.rmtree(trial_folder(config, trial.name) / "ema_snapshots", ignore_errors=True)
 
 
 def write_results(config: Config, record: SweepRecord, candidates: list[Candidate]) -> None:
@@ -187,7 +194,8 @@ def table(config: Config, record: SweepRecord, candidates: list[Candidate]) -> l
         )
     for trial in record.trials:
         if trial.number not in {found.trial for found in candidates}:
-            lines.append(f"   {trial.number:>5}  {trial.in_words:<44} {trial.status}: {trial.message}".rstrip(": "))
+            why = trial.message.strip().splitlines()[-1:]
+            lines.append(": ".join([f"   {trial.number:>5}  {trial.in_words:<44} {trial.status}", *why]))
     return [line.rstrip() for line in lines]
 
 
@@ -204,11 +212,11 @@ def _whole(config: Config, record: SweepRecord) -> list[tuple[TrialRecord, Any]]
 
 
 def _trial_checkpoint(config: Config, trial: TrialRecord) -> Checkpoint:
-    own = trial_config(config, trial.name, trial.values)
-    checkpoint = CheckpointStore(own.checkpoint_store).latest(_phase(config))
+    store = trial_store(config, trial.name)
+    checkpoint = CheckpointStore(store).latest(_phase(config))
     if checkpoint is None or checkpoint.state["step"] != trial.results[-1].step:
         raise UserError(
-            f"{own.checkpoint_store} holds no whole checkpoint of step {trial.results[-1].step}, where {trial.name} "
+            f"{store} holds no whole checkpoint of step {trial.results[-1].step}, where {trial.name} "
             f"won the sweep; take {sweep_folder(config.output_dir)} away to search anew"
         )
     return checkpoint
@@ -216,14 +224,11 @@ def _trial_checkpoint(config: Config, trial: TrialRecord) -> Checkpoint:
 
 def _copy_snapshots(config: Config, trial: TrialRecord, phase: str) -> None:
     """What `ray-pipeline ema` makes other averages from."""
-    own = trial_config(config, trial.name, trial.values)
+    source = trial_folder(config, trial.name) / "ema_snapshots" / phase
     target = Path(config.output_dir, "ema_snapshots", phase)
-    for source in Path(own.output_dir, "ema_snapshots", phase).glob(f"*{SUFFIX}"):
-        if not (target / source.name).exists():
-            unfinished = target / f"{source.name}.copying"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(source, unfinished)
-            unfinished.rename(target / source.name)
+    shutil.rmtree(target, ignore_errors=True)
+    if source.exists():
+        shutil.copytree(source, target)
 
 
 def _sweep_store(config: Config) -> CheckpointStore:

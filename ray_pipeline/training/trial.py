@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from ray_pipeline.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
 from ray_pipeline.config import Config, parse_config
 from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.monitoring.phase_state import utc_now
 from ray_pipeline.run_state import CONFIG_FILE
 from ray_pipeline.storage import Folder, replace_file
 from ray_pipeline.sweep_records import FOLDER, EpochResult, SweepRecord, sweep_folder
@@ -31,6 +32,8 @@ from ray_pipeline.training.stopping import open_board
 from ray_pipeline.training.validation import read_tile_losses, tile_losses_steps
 
 _POLL_SECONDS = 0.5
+#: what Tune is told of a trial that diverged: it takes means of losses
+_DIVERGED = 1e9
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,18 @@ class Notes:
         return self._failures.get(number, "its process ended")
 
 
+def trial_folder(base: Config, name: str) -> Path:
+    """The run directory of a trial."""
+    return sweep_folder(base.output_dir) / name
+
+
+def trial_store(base: Config, name: str) -> str:
+    """Where its checkpoints lie: path or URI."""
+    if base.checkpoint.store is None:
+        return str(trial_folder(base, name) / "checkpoints")
+    return Folder(base.checkpoint.store).child(FOLDER).child(name).location
+
+
 def trial_config(base: Config, name: str, values: Point) -> Config:
     """The config of a trial: these values, all candidates for ema.decay, and a run directory of its own."""
     index, sweep = phase_index(base), base.sweep
@@ -84,12 +99,9 @@ def trial_config(base: Config, name: str, values: Point) -> Config:
     epochs = phase.epochs + (sweep.epochs if continues(base) else 0)
     candidates = decays(base) or (base.ema.decay,)
     followed = [decay for decay in (base.ema.decay, *base.ema.more_decays) if decay not in candidates]
-    store = base.checkpoint.store
     own = {
-        "output_dir": str(sweep_folder(base.output_dir) / name),
-        "checkpoint": base.checkpoint.model_copy(
-            update={"store": None if store is None else Folder(store).child(FOLDER).child(name).location}
-        ).model_dump(mode="json"),
+        "output_dir": str(trial_folder(base, name)),
+        "checkpoint": base.checkpoint.model_dump(mode="json") | {"store": trial_store(base, name)},
         "sweep": {},
         "ema": base.ema.model_dump(mode="json") | {"decay": candidates[0], "more_decays": [*candidates[1:], *followed]},
     }
@@ -105,14 +117,14 @@ def trial_config(base: Config, name: str, values: Point) -> Config:
     return tuned.model_copy(update={"sweep": config.sweep})
 
 
-def epoch_results(config: Config, phase: str, epochs_before: int) -> list[EpochResult]:
-    """What a trial has recorded at the ends of its epochs, counted from its own beginning."""
-    steps, found = tile_losses_steps(config.output_dir, phase), []
-    events = {record["step"]: record for record in read_events(config.output_dir, phase, "validation")}
+def epoch_results(folder: Path, phase: str, epochs_before: int) -> list[EpochResult]:
+    """What the trial in `folder` has recorded at the ends of its epochs, counted from its own beginning."""
+    steps, found = tile_losses_steps(folder, phase), []
+    events = {record["step"]: record for record in read_events(folder, phase, "validation")} if steps else {}
     for step in steps:
         if step not in events:  # of an attempt that went on from before it
             continue
-        epoch, stored = read_tile_losses(config.output_dir, phase, step)
+        epoch, stored = read_tile_losses(folder, phase, step)
         losses = {name: array.mean(axis=1) for name, array in stored.items()}
         found.append(
             EpochResult(
@@ -164,7 +176,7 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
         epochs=None if more else base.sweep.epochs,
         judged=base.sweep.scheduler != "fifo",
     )
-    board, ended, told = open_board(), [], 0
+    board, ended, told, began = open_board(), [], 0, utc_now()
 
     def fit() -> None:
         try:
@@ -182,9 +194,11 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
             if reason and not last:
                 board.stop.remote(reason)
             # after a trial has been given up, its results would still count against the others
-            for result in [] if reason else epoch_results(config, phase, sweep.epochs_before)[told:]:
+            # and those of an earlier start count once this one has begun from its checkpoint
+            counted = not reason and (last or _begun(folder, phase, began))
+            for result in epoch_results(folder, phase, sweep.epochs_before)[told:] if counted else []:
                 told += 1
-                ray.tune.report({"loss": judged.loss(result), "epoch": result.epoch})
+                ray.tune.report({"loss": min(judged.loss(result), _DIVERGED), "epoch": result.epoch})
                 reason = ray.get(notes.asked.remote(number))
                 if reason:
                     board.stop.remote(reason)
@@ -198,6 +212,11 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
         thread.join()
     if ended[0] is not None:
         raise ended[0]
+
+
+def _begun(folder: Path, phase: str, since: str) -> bool:
+    """Whether workers have opened the records of a trial."""
+    return any(record["time"] >= since for record in read_events(folder, phase, "phase"))
 
 
 def seed_trial(config: Config, source: Checkpoint) -> None:

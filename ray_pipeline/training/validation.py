@@ -108,6 +108,11 @@ def write_tile_losses(run: PhaseRun, found: Mapping[str, Validation], epoch: int
     replace_file(path, buffer.getvalue())
 
 
+def has_tile_losses(run: PhaseRun) -> bool:
+    """Whether those of this step are stored: it ends an epoch, and the disk took them."""
+    return tile_losses_path(run.config.output_dir, run.phase.name, run.state.step).exists()
+
+
 def read_tile_losses(run_dir: str | Path, phase: str, step: int) -> tuple[int, dict[str, np.ndarray]]:
     """What `write_tile_losses` stored: the epoch that ended, and losses by average."""
     with np.load(tile_losses_path(run_dir, phase, step), allow_pickle=False) as file:

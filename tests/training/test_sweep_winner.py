@@ -106,6 +106,16 @@ def test_a_difference_below_its_paired_standard_error_is_a_tie(sweep, shift, tie
     assert [candidate.trial for candidate in choose(config, record, found).ties] == [1] * tie
 
 
+def test_averages_that_are_equal_leave_the_decay_as_it_was_configured(sweep):
+    """As before ema.start_step, where all are copies of the weights."""
+    equal = dict.fromkeys(losses_of(0, 0, 0), losses_of(0, 0, 0)["ema_decay_0.9"])
+    config, record = sweep({0: equal})
+    config = config.model_copy(update={"ema": config.ema.model_copy(update={"decay": 0.99})})
+    winner = choose(config, record, compare(config, record))
+    assert winner.overrides["ema.decay"] == 0.99
+    assert [one.track for one in winner.ties] == ["ema_decay_0.9"]
+
+
 def test_only_trials_that_came_to_the_end_are_compared(sweep):
     config, record = sweep(
         {0: losses_of(0.3, 0.3, 0), 1: losses_of(0.0, 0.0, 0), 2: losses_of(0.0, 0.1, 0)}, {1: "stopped", 2: "failed"}
@@ -119,7 +129,8 @@ def test_only_trials_that_came_to_the_end_are_compared(sweep):
 def test_a_trial_that_diverged_never_wins(sweep):
     diverged = {name: np.full(TILES, math.nan) for name in losses_of(0, 0, 0)}
     config, record = sweep({0: diverged, 1: losses_of(5.0, 6.0, 0)})
-    assert choose(config, record, compare(config, record)).trial == 1
+    winner = choose(config, record, compare(config, record))
+    assert (winner.trial, winner.ties) == (1, [])
     config, record = sweep({0: diverged})
     with pytest.raises(UserError, match=r"every trial of the sweep in .* diverged"):
         choose(config, record, compare(config, record))
