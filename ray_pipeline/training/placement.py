@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import ray
 
 from ray_pipeline.config import Config
@@ -57,6 +59,8 @@ def groups_that_fit(config: Config) -> int:
     workers = settings.max_workers
     need = {name: workers * amount for name, amount in each.items()}
     need["CPU"] += stream_cpus(config)
+    if not uses_gpu(config):  # where a worker computes with all cores, another one would only take them from it
+        need["CPU"] = max(need["CPU"], workers * (config.train.threads or os.cpu_count() or 1))
     if stream_gpus(config):
         need["GPU"] = need.get("GPU", 0) + workers * stream_workers(config) * stream_gpus(config)
     rooms = [_room(node["Resources"], each) for node in ray.nodes() if node["Alive"]]

@@ -195,7 +195,8 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
                 board.stop.remote(reason)
             # after a trial has been given up, its results would still count against the others
             # and those of an earlier start count once this one has begun from its checkpoint
-            counted = not reason and (last or _begun(folder, phase, began))
+            news = len(tile_losses_steps(folder, phase)) > told
+            counted = news and not reason and (last or _begun(folder, phase, began))
             for result in epoch_results(folder, phase, sweep.epochs_before)[told:] if counted else []:
                 told += 1
                 ray.tune.report({"loss": min(judged.loss(result), _DIVERGED), "epoch": result.epoch})

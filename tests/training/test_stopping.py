@@ -16,7 +16,7 @@ import ray
 from ray_pipeline.config import parse_config
 from ray_pipeline.errors import RunStopped, UserError
 from ray_pipeline.training.launch import Attendance, make_trainer
-from ray_pipeline.training.placement import check_resources
+from ray_pipeline.training.placement import check_resources, groups_that_fit
 from ray_pipeline.training.setup import PhaseJob
 from ray_pipeline.training.stopping import open_board
 
@@ -205,6 +205,19 @@ def test_workers_that_find_no_place_are_waited_for_so_long_and_the_words_say_wha
 def test_workers_that_can_never_be_placed_are_refused_at_once(ray_cluster, settings, said, tmp_path):
     with pytest.raises(UserError, match=said):
         check_resources(config_of(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [({"num_workers": 1}, 6), ({"num_workers": 4}, 1), ({"num_workers": 2, "cpus_per_worker": 1.5}, 2)],
+)
+def test_as_many_groups_of_workers_fit_as_the_cluster_has_room_for(ray_cluster, settings, groups, tmp_path):
+    config = config_of(tmp_path, **settings)
+    single = config.model_copy(update={"train": config.train.model_copy(update={"threads": 1})})
+    assert groups_that_fit(single) == groups
+    # one that computes with more threads takes more
+    greedy = config.model_copy(update={"train": config.train.model_copy(update={"threads": 3})})
+    assert groups_that_fit(greedy) == max(1, 6 // (3 * settings["num_workers"]))
 
 
 def test_an_elastic_run_needs_room_for_the_fewest_workers_alone(ray_cluster, tmp_path):
