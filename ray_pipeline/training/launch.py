@@ -50,7 +50,7 @@ _MAX_PREEMPTIONS = 1000
 #: how often Train's controller looks after its workers, in seconds; its default of 2 s delays each restart
 _HEALTH_CHECK_SECONDS = "0.5"
 #: how often the driver reads the news of its run, and how long a stopped controller may take to go, in seconds
-_NEWS_SECONDS, _ABORT_SECONDS = 5.0, 10.0
+_NEWS_SECONDS, _ABORT_SECONDS = 5.0, 30.0
 
 
 def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None, show: bool = True) -> None:
