@@ -24,7 +24,7 @@ from ray_pipeline.training.trial import seed_trial, trial_config
 
 SECOND = "phase2_conditional"
 CONFIG = """
-data: {{root: {data}, tile_size: 64, shard_rows: 8}}
+data: {{root: {data}, latents: {folder}/latents, tile_size: 64, shard_rows: 8}}
 model: {{architecture: custom, latent_size: 8, depth: 2, hidden_size: 64, num_heads: 2, patch_size: 2, dropout: 0.1}}
 vae: {{pretrained: {vae}, actors: 1}}
 ema: {{decay: 0.5, more_decays: [0.9, 0.99], start_step: 1, power_stds: [0.1]}}
@@ -43,7 +43,7 @@ SPACE = "{optimizer.lr: {grid: [1.0e-9, 2.0e-3]}, ema.decay: {grid: [0.99, 0.5, 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_data, tiny_autoencoder) -> Path:
     path = tmp_path_factory.mktemp("sweep") / "config.yaml"
-    path.write_text(CONFIG.format(data=tiny_data, vae=tiny_autoencoder))
+    path.write_text(CONFIG.format(data=tiny_data, folder=path.parent, vae=tiny_autoencoder))
     return path
 
 
