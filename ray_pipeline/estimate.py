@@ -20,7 +20,8 @@ from ray_pipeline.models.noise_embedding import FREQUENCIES
 from ray_pipeline.monitoring.progress import format_bytes, format_count, format_seconds
 from ray_pipeline.phase_sections import PhaseConfig
 from ray_pipeline.storage import is_uri
-from ray_pipeline.sweep_space import count, decays, phase_index
+from ray_pipeline.sweep_records import read_winner
+from ray_pipeline.sweep_space import continues, count, decays, phase_index
 from ray_pipeline.training.build import make_network, precision
 
 #: share of the measured matrix-multiply rate that a whole training step is assumed to reach
@@ -71,31 +72,34 @@ def estimate_phase(config: Config, phase: PhaseConfig, num_samples: int) -> Phas
 
 @dataclass(frozen=True)
 class SweepEstimate:
-    """A sweep: trainings, optimizer steps of each, floating-point operations of all, and disk until the best one is
-    gone on from."""
+    """A sweep: trainings, optimizer steps of each, the step at which they end, floating-point operations of all, and
+    disk until the best one is gone on from."""
 
     trials: int
     steps: int
+    last_step: int
     flops: float
     bytes: int
 
 
 def estimate_sweep(config: Config, phases: Sequence[PhaseEstimate]) -> SweepEstimate | None:
-    """None where there is no sweep."""
-    if not config.sweep.enabled:
+    """None where there is no sweep to come."""
+    if not config.sweep.enabled or read_winner(config.output_dir):
         return None
     sweep, index = config.sweep, phase_index(config)
     share, estimate = sweep.epochs / config.phases[index].epochs, phases[index]
     followed = {config.ema.decay, *config.ema.more_decays}
     more = len({*decays(config), *followed}) - len(followed)
     checkpoint = estimate.checkpoint_bytes + _FLOAT * estimate.parameters * more
-    trials = count(config)
+    trials, steps = count(config), math.ceil(estimate.steps * share)
+    kept = sum(epoch <= sweep.epochs for epoch in config.phases[index].save_epochs) if not continues(config) else 0
     return SweepEstimate(
         trials=trials,
-        steps=math.ceil(estimate.steps * share),
+        steps=steps,
+        last_step=steps + (estimate.steps if continues(config) else 0),
         flops=trials * share * estimate.flops,
-        # of each trial the best and the last, and a new one before an old one goes
-        bytes=int(trials * (3 * checkpoint + share * estimate.snapshot_bytes)),
+        # of each trial the best and the last beside those of save_epochs, and a new one before an old one goes
+        bytes=int(trials * ((3 + kept) * checkpoint + share * estimate.snapshot_bytes)),
     )
 
 

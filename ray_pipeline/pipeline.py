@@ -34,8 +34,8 @@ from ray_pipeline.retention import best_of
 from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder
 from ray_pipeline.sweep_records import read_sweep, read_winner, sweep_folder
-from ray_pipeline.sweep_space import check_space, continues, phase_index
-from ray_pipeline.sweeping import confirm, search, served_phase, with_winner
+from ray_pipeline.sweep_space import check_space, continues, decays, phase_index
+from ray_pipeline.sweeping import confirm, found_config, search, served_phase
 from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
 from ray_pipeline.training.sweep import trials_at_once
@@ -182,7 +182,7 @@ def train(
     estimate.check_writable(config.checkpoint_store, "checkpoint.store")
     if config.sweep.enabled:
         check_space(config)
-    config = with_winner(config, say)
+    config = found_config(config, say)
     start = open_run(config, resume=resume, allow=allow_changes)
     for line in start.describe_changes():
         say(f"changed   {line}")
@@ -194,15 +194,11 @@ def train(
     prepare_data(config)
     prepared = look(config)
     samples = check_phases(config, prepared)
-    estimates = [estimate.estimate_phase(config, *pair) for pair in zip(config.phases, samples, strict=True)]
-    store = config.checkpoint.store
-    place, key = (store, "checkpoint.store") if store else (config.output_dir, "output_dir")
-    to_come = None if read_winner(config.output_dir) else estimate.estimate_sweep(config, estimates)
-    estimate.check_disk(place, estimate.output_bytes(estimates, to_come) - _bytes_in(Path(place)), key)
+    check_room(config, samples)
     start.accept(prepared.fingerprint.store)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
-        if to_come is not None:
+        if config.sweep.enabled and read_winner(config.output_dir) is None:
             trials_at_once(config)
         encode(config, prepared)
         for index in range(len(config.phases)):
@@ -237,7 +233,7 @@ def sweep(config: Config, *, resume: bool = False, verbose: bool = False, say: C
         raise UserError(f"{sweep_folder(config.output_dir)} holds a sweep already; go on with --resume")
     if winner is not None:
         say(f"the sweep of {config.output_dir} is finished; take {sweep_folder(config.output_dir)} away to search anew")
-    config = with_winner(config, say)
+    config = found_config(config, say)
     start = open_run(config, resume=True)
     state = start.state()
     for phase in config.phases[: served_phase(config)]:
@@ -247,7 +243,7 @@ def sweep(config: Config, *, resume: bool = False, verbose: bool = False, say: C
                 "first with `ray-pipeline train`"
             )
     prepared = look(config)
-    check_phases(config, prepared)
+    check_room(config, check_phases(config, prepared))
     start.accept(prepared.fingerprint.store)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         encode(config, prepared)
@@ -271,6 +267,24 @@ def check_phases(config: Config, prepared: Prepared) -> list[int]:
         validation_rows(phase, prepared.listing.datasets["val"], f"{config.data.root} (val)")
         samples.append(mixture.plan.num_samples)
     return samples
+
+
+def check_room(config: Config, samples: list[int]) -> None:
+    """UserError when the disk cannot hold what is to come; a warning for a sweep whose averages will be equal.
+
+    samples: of an epoch of each phase.
+    """
+    estimates = [estimate.estimate_phase(config, *pair) for pair in zip(config.phases, samples, strict=True)]
+    sweep, store = estimate.estimate_sweep(config, estimates), config.checkpoint.store
+    place, key = (store, "checkpoint.store") if store else (config.output_dir, "output_dir")
+    estimate.check_disk(place, estimate.output_bytes(estimates, sweep) - _bytes_in(Path(place)), key)
+    if sweep is not None and len(decays(config)) > 1 and sweep.last_step <= config.ema.start_step:
+        warnings.warn(
+            f"trials end at step {sweep.last_step}, and averages begin at ema.start_step={config.ema.start_step}: the "
+            "sweep cannot tell values of ema.decay apart; lower ema.start_step, raise sweep.epochs, or leave ema.decay "
+            "out of sweep.space",
+            stacklevel=2,
+        )
 
 
 def _bytes_in(folder: Path) -> int:
@@ -311,6 +325,7 @@ def dry_run(config: Config) -> str:
     config = _absolute(config)
     if config.sweep.enabled:
         check_space(config)
+    config = found_config(config, lambda line: None)
     estimate.check_writable(config.output_dir, "output_dir")
     estimate.check_writable(encode_job(config).store, "data.latents")
     settings = config.data.simulate

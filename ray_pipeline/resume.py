@@ -15,8 +15,8 @@ from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.phase_state import PhaseState
 from ray_pipeline.run_state import CONFIG_FILE, committed, mend_state, read_state, recorded_config
 from ray_pipeline.storage import Folder, replace_file
-from ray_pipeline.sweep_records import read_winner
-from ray_pipeline.sweep_space import with_values
+from ray_pipeline.sweep_records import read_sweep, read_winner
+from ray_pipeline.sweep_space import with_winner
 
 #: what --allow-change names when the latents are others although no key of the config differs
 LATENTS = "latents"
@@ -112,9 +112,10 @@ def open_run(config: Config, *, resume: bool, allow: Sequence[str] = ()) -> Star
         raise UserError(f"output_dir={run_dir} does not exist, so there is nothing to resume; leave out --resume")
     keys = [key for key in allow if key != LATENTS]
     before = recorded_config(run_dir, config.checkpoint_store)
-    winner = read_winner(run_dir)
-    if before is not None and winner is not None:  # a kill may have come before config.yaml had what the sweep found
-        before = with_values(before, winner.overrides, "the sweep's winner")
+    winner, record = read_winner(run_dir), read_sweep(run_dir)
+    # a kill may have come before config.yaml had what the sweep found
+    if before is not None and winner is not None and record is not None:
+        before = with_winner(before, record, winner)
     if not begun:  # a start that ended before its training did: nothing is stored that anything could differ from
         changes = [] if before is None else differences(before, config)
         check_named(str(run_dir), changes, keys)

@@ -12,6 +12,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.storage import replace_file
 
 FOLDER = "sweep"
+_DIVERGED = 1e9
 
 
 class _Record(BaseModel):
@@ -65,6 +66,10 @@ class SweepRecord(_Record):
         """Of the best average; infinite where the trial diverged."""
         losses = [result.losses[name] for name in self.averages]
         return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
+
+    def told_loss(self, result: EpochResult) -> float:
+        """What a scheduler or a search is told, which may take means of losses."""
+        return min(self.loss(result), _DIVERGED)
 
     def save(self, folder: Path) -> None:
         """Replace sweep.json."""

@@ -13,6 +13,7 @@ import numpy as np
 from ray_pipeline.config import Config, parse_config
 from ray_pipeline.errors import UserError
 from ray_pipeline.phase_sections import PhaseConfig
+from ray_pipeline.sweep_records import SweepRecord, Winner, read_winner
 from ray_pipeline.sweep_sections import Dimension
 
 #: values of one trial by key
@@ -108,6 +109,11 @@ def check_space(config: Config) -> None:
     for number in range(count(config) if config.sweep.search == "random" else 0):
         values = point(config, number)
         with_values(config, values, f"sweep.space, trial {number} ({values})")
+    if continues(config) and config.phases[1].init and read_winner(config.output_dir) is None:
+        raise UserError(
+            f"phases.1.init={config.phases[1].init}, but {config.phases[1].name} begins from the best trial of the "
+            "sweep; leave it out, or set sweep.enabled=false"
+        )
     grids = math.prod(len(values) for values in _grids(config).values())
     if config.sweep.num_trials < grids:
         raise UserError(
@@ -145,6 +151,19 @@ def _draw(seed: int, number: int, dimensions: Mapping[str, Dimension]) -> Point:
     found = {key: values[place] for (key, values), place in zip(lists.items(), places, strict=True)}
     shares = iter(np.random.default_rng([seed, _STREAM, number]).random(len(dimensions)).tolist())
     return found | {key: d.at(next(shares)) for key, d in dimensions.items() if d.values is None}
+
+
+def with_winner(config: Config, record: SweepRecord, winner: Winner) -> Config:
+    """The config with what the winner sets; a key that was changed since the sweep began keeps its value."""
+    began, now = record.base, config.dump()
+    unchanged = {key: value for key, value in winner.overrides.items() if _at(now, key) == _at(began, key)}
+    return with_values(config, unchanged, "the sweep's winner")
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[int(part) if isinstance(tree, list) else part]
+    return tree
 
 
 def with_values(config: Config, values: Mapping[str, Any], source: str) -> Config:

@@ -12,21 +12,28 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.run_state import mend_state
 from ray_pipeline.storage import replace_file
-from ray_pipeline.sweep_records import read_sweep, read_winner, sweep_folder
-from ray_pipeline.sweep_space import continues, count, phase_index, with_values
+from ray_pipeline.sweep_records import SweepRecord, read_sweep, read_winner, sweep_folder
+from ray_pipeline.sweep_space import continues, count, phase_index, with_winner
 from ray_pipeline.training.sweep import run_sweep
 from ray_pipeline.training.sweep_winner import adopt, choose, compare, discard_trials, table, write_results
 from ray_pipeline.training.trial import SweepJob, searched_averages
 
 
-def with_winner(config: Config, say: Callable[[str], None] = print) -> Config:
+def found_config(config: Config, say: Callable[[str], None] = print) -> Config:
     """The config with what the winner of the run's sweep sets, where there is one."""
     winner = read_winner(config.output_dir)
     if winner is None:
         return config
     say(f"sweep     {winner.in_words} (trial {winner.trial}, {sweep_folder(config.output_dir) / 'winner.json'})")
-    trained = config.model_copy(update={"sweep": config.sweep.model_copy(update={"trains": winner.phase})})
-    return with_values(trained, winner.overrides, "the sweep's winner")
+    return with_winner(config, _record(config), winner)
+
+
+def _record(config: Config) -> SweepRecord:
+    record = read_sweep(config.output_dir)
+    if record is None:
+        folder = sweep_folder(config.output_dir)
+        raise UserError(f"{folder / 'sweep.json'} is gone, and winner.json is not; bring it back, or take both away")
+    return record
 
 
 def served_phase(config: Config) -> int:
@@ -55,7 +62,7 @@ def search(config: Config, latents: str, init: str | None, say: Callable[[str], 
         write_results(config, record, candidates)
         winner = choose(config, record, candidates)
         if continues(config):  # the winner's overrides name what it has learnt, so that comes first
-            adopt(with_values(config, winner.overrides, "the sweep's winner"), record.trials[winner.trial], winner)
+            adopt(with_winner(config, record, winner), record.trials[winner.trial], winner)
         winner.save(folder)
         for line in table(config, record, candidates):
             say(line)
@@ -64,14 +71,11 @@ def search(config: Config, latents: str, init: str | None, say: Callable[[str], 
         words += f"; {tied} other(s) within a paired standard error of it" if tied else ""
         _note(config, "sweep", words)
         say(f"sweep     {words}")
-    record = read_sweep(config.output_dir)
-    if record is None:
-        raise UserError(f"{folder / 'sweep.json'} is gone, and winner.json is not; bring it back, or take both away")
-    now = with_values(config, winner.overrides, "the sweep's winner")
+    record = _record(config)
+    now = with_winner(config, record, winner)
     alone = now.model_copy(update={"sweep": now.sweep.model_copy(update={"enabled": False})})
     replace_file(folder / "winner.yaml", alone.to_yaml().encode())
-    if not CheckpointStore(config.checkpoint_store).names(name):
-        adopt(now, record.trials[winner.trial], winner)
+    if adopt(now, record.trials[winner.trial], winner):
         verb = "begins" if continues(config) else "resumes"
         say(f"sweep     {name} {verb} from {winner.checkpoint} (step {winner.step}, position {winner.position})")
     if not config.sweep.keep_trials:

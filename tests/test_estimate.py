@@ -212,7 +212,7 @@ def test_a_sweep_counts_as_trials_of_the_first_epochs_with_every_candidate_s_ave
     found = estimate.estimate_sweep(config, plain)
     assert (found.trials, found.steps) == (3, plain[1].steps // 4)
     assert found.flops == pytest.approx(3 * plain[1].flops / 4)
-    per_trial = 3 * (plain[1].checkpoint_bytes + 2 * 4 * plain[1].parameters) + plain[1].snapshot_bytes / 4
+    per_trial = (3 + 1) * (plain[1].checkpoint_bytes + 2 * 4 * plain[1].parameters) + plain[1].snapshot_bytes / 4
     assert found.bytes == pytest.approx(3 * per_trial)
     assert estimate.output_bytes(plain, found) > estimate.output_bytes(plain) + found.bytes
     assert estimate.estimate_sweep(config.model_copy(update={"sweep": SweepConfig()}), plain) is None

@@ -1,11 +1,15 @@
 """Points of a sweep: functions of (seed, number), none twice, all of a grid, and refused where they mean nothing."""
 
+import warnings
+
 import numpy as np
 import pytest
 
+from ray_pipeline import pipeline
 from ray_pipeline.config import parse_config
 from ray_pipeline.errors import UserError
-from ray_pipeline.sweep_space import check_space, continues, count, decays, point, with_values
+from ray_pipeline.sweep_records import SweepRecord, Winner
+from ray_pipeline.sweep_space import check_space, continues, count, decays, point, with_values, with_winner
 
 PHASES = [
     {"name": "phase1_unconditional", "epochs": 2},
@@ -145,3 +149,37 @@ def test_a_section_that_contradicts_itself_is_refused(sweep, said):
 def test_trials_need_a_phase_to_train(sweep, said):
     with pytest.raises(UserError, match=said):
         check_space(config_of({}, **sweep))
+
+
+def test_a_winner_sets_its_values_but_for_those_that_were_changed_after_the_sweep():
+    config = config_of({"model.dropout": {"grid": [0.0, 0.1]}, "phases[].lr": {"grid": [1e-4, 2e-4]}})
+    found = {"model.dropout": 0.1, "phases.1.lr": 2e-4}
+    winner = Winner(
+        trial=0, overrides=found, track=None, checkpoint="c", phase="p", epoch=1, step=1, position=1, loss=1.0,
+        standard_error=0.1,
+    )  # fmt: skip
+    record = SweepRecord(base=config.dump())
+    first = with_winner(config, record, winner)
+    assert (first.model.dropout, first.phases[1].lr) == (0.1, 2e-4)
+    assert with_winner(first, record, winner) == first
+    changed = with_winner(with_values(config, {"model.dropout": 0.3}, "a person"), record, winner)
+    assert (changed.model.dropout, changed.phases[1].lr) == (0.3, 2e-4)
+
+
+def test_weights_given_to_a_phase_that_the_best_trial_begins_are_refused():
+    phases = [PHASES[0], PHASES[1] | {"init": "elsewhere"}]
+    space = {"model.dropout": {"grid": [0.0, 0.1]}}
+    config = parse_config({"phases": phases, "sweep": {"space": space, "trains": "phase1_unconditional"}})
+    with pytest.raises(UserError, match=r"phases.1.init=elsewhere, but phase2_conditional begins from the best trial"):
+        check_space(config)
+
+
+def test_trials_that_end_before_averages_begin_are_warned_of(tmp_path):
+    space = {"ema.decay": {"grid": [0.9, 0.99]}, "model.dropout": {"grid": [0.0, 0.1]}}
+    changes = {"output_dir": str(tmp_path), "model.architecture": "DiT-S/8", "ema.start_step": 20}
+    config = with_values(config_of(space), changes, "a test")
+    with pytest.warns(UserWarning, match=r"trials end at step 2, and averages begin at ema.start_step=20"):
+        pipeline.check_room(config, [config.train.global_batch] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.check_room(config, [config.train.global_batch * 11] * 2)

@@ -22,9 +22,6 @@ from typing import Any
 
 import ray
 import ray.tune
-from ray.actor import ActorHandle
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import Config
@@ -34,11 +31,13 @@ from ray_pipeline.errors import RunStopped, UserError
 from ray_pipeline.monitoring.phase_state import utc_now
 from ray_pipeline.storage import Folder
 from ray_pipeline.sweep_records import FOLDER, SweepRecord, TrialRecord, read_sweep, sweep_folder
-from ray_pipeline.sweep_space import Point, count, phase_index, point, space_of
+from ray_pipeline.sweep_space import Point, count, phase_index
 from ray_pipeline.training.launch import check_resources
 from ray_pipeline.training.placement import groups_that_fit
 from ray_pipeline.training.stopping import SIGNAL_NAMES, on_this_node, signals_into
 from ray_pipeline.training.trial import (
+    EPOCH,
+    LOSS,
     Notes,
     SweepJob,
     epoch_results,
@@ -47,6 +46,7 @@ from ray_pipeline.training.trial import (
     trial_folder,
     trial_store,
 )
+from ray_pipeline.training.trial_search import TrialSearch, optuna_search, scheduler
 
 #: a trial's own process is light, and beside the workers' CPUs there may be none left for it
 _TRIAL_RESOURCES = {"cpu": 0, "node:__internal_head__": 0.001}
@@ -56,7 +56,6 @@ _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
-_METRIC, _TIME = "loss", "epoch"
 _OPEN = ("running", "interrupted", "failed")  # what a resume goes on with
 
 
@@ -125,7 +124,7 @@ class _Driver:
         self.config, self.job, self.record, self.folder, self.say = config, job, record, folder, say
         self.notes = ray.remote(num_cpus=0)(Notes).options(scheduling_strategy=on_this_node()).remote()
         self.trials = {trial.number: trial for trial in record.trials}
-        self.search = TrialSearch(self, _inner_search(config, record))
+        self.search = TrialSearch(config, self.next_trial, optuna_search(config, record))
         self.phase = config.phases[phase_index(config)].name
 
     def drive(self, at_once: int) -> None:
@@ -161,12 +160,12 @@ class _Driver:
             ray.tune.Tuner(
                 ray.tune.with_resources(partial(run_trial, sweep=self.job, notes=self.notes), _TRIAL_RESOURCES),
                 tune_config=ray.tune.TuneConfig(
-                    metric=_METRIC,
+                    metric=LOSS,
                     mode="min",
                     num_samples=-1,
                     max_concurrent_trials=at_once,
                     search_alg=self.search,
-                    scheduler=_scheduler(self.config, self.notes),
+                    scheduler=scheduler(self.config, self.record, self.notes),
                 ),
                 run_config=ray.tune.RunConfig(
                     name="sweep", storage_path=scratch, verbose=0, callbacks=[_Bookkeeping(self)]
@@ -233,54 +232,6 @@ class _Driver:
         self.say(f"sweep     {trial.name} ({trial.in_words}) failed: {trial.message.strip().splitlines()[-1]}")
 
 
-class TrialSearch(Searcher):
-    """Gives Tune its trials: those left by an earlier start, then points of the space, drawn by `inner` where there is
-    one. ended: no more of them."""
-
-    def __init__(self, driver: _Driver, inner: Searcher | None):
-        super().__init__(metric=_METRIC, mode="min")
-        self.driver, self.inner, self.ended = driver, inner, False
-        self._drawn: set[str] = set()
-
-    def suggest(self, trial_id: str) -> dict | str | None:
-        trial = None if self.ended else self.driver.next_trial(partial(self._draw, trial_id))
-        if trial is None:
-            return Searcher.FINISHED
-        return {"number": trial.number, "name": trial.name, "values": trial.values}
-
-    def _draw(self, trial_id: str, number: int) -> Point:
-        if self.inner is None:
-            return point(self.driver.config, number)
-        self._drawn.add(trial_id)
-        return {key.replace("/", "."): value for key, value in self.inner.suggest(trial_id).items()}
-
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        if trial_id in self._drawn:  # others it has not drawn
-            self.inner.on_trial_complete(trial_id, result, error)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: sweep.json is the truth."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Never called: a resume is a new search over what is left."""
-
-
-class OrderlyHalving(AsyncHyperBandScheduler):
-    """ASHA (Li et al. 2020) that asks a trial to stop and lets it end by itself."""
-
-    def __init__(self, notes: ActorHandle, **settings: Any):
-        super().__init__(**settings)
-        self._notes, self._asked = notes, set()
-
-    def on_trial_result(self, tune_controller, trial, result: dict) -> str:
-        if trial.trial_id in self._asked:
-            return TrialScheduler.CONTINUE
-        if super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
-            self._asked.add(trial.trial_id)
-            ray.get(self._notes.stop.remote(trial.config["number"], "the scheduler"))
-        return TrialScheduler.CONTINUE
-
-
 class _Bookkeeping(ray.tune.Callback):
     """In the driver, after each result and each end of a trial."""
 
@@ -288,52 +239,13 @@ class _Bookkeeping(ray.tune.Callback):
         self.driver = driver
 
     def on_trial_result(self, iteration: int, trials: Sequence, trial, result: dict, **_: Any) -> None:
-        self.driver.tell(trial.config["number"], result[_TIME], result[_METRIC])
+        self.driver.tell(trial.config["number"], result[EPOCH], result[LOSS])
 
     def on_trial_complete(self, iteration: int, trials: Sequence, trial, **_: Any) -> None:
         self.driver.conclude(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: Sequence, trial, **_: Any) -> None:
         self.driver.fail(trial.config["number"])
-
-
-def _scheduler(config: Config, notes: ActorHandle) -> TrialScheduler:
-    sweep = config.sweep
-    if sweep.scheduler == "fifo":
-        return FIFOScheduler()
-    return OrderlyHalving(
-        notes,
-        time_attr=_TIME,
-        max_t=sweep.epochs,
-        grace_period=min(sweep.grace_epochs, sweep.epochs),
-        reduction_factor=sweep.reduction_factor,
-    )
-
-
-def _inner_search(config: Config, record: SweepRecord) -> Searcher | None:
-    """Optuna's, where it is asked for."""
-    if config.sweep.search != "optuna":
-        return None
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    kinds = {"uniform": ray.tune.uniform, "log_uniform": ray.tune.loguniform}
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space: dict[str, Any] = {}
-    for key, dimension in space_of(config).items():
-        if key == "ema.decay":
-            continue
-        if dimension.values is not None:
-            space[key] = ray.tune.choice(list(dimension.values))
-        else:
-            name = "uniform" if dimension.uniform else "log_uniform"
-            space[key] = kinds[name](*dimension.bounds)
-    converted = OptunaSearch.convert_search_space(space)
-    search = OptunaSearch(space=converted, metric=_METRIC, mode="min", seed=config.seed + len(record.trials))
-    for trial in record.trials:  # of an earlier start
-        if trial.status in ("finished", "stopped"):
-            search.add_evaluated_point(dict(trial.values), record.loss(trial.results[-1]))
-    return search
 
 
 @contextmanager

@@ -118,33 +118,47 @@ def choose(config: Config, record: SweepRecord, candidates: list[Candidate]) -> 
     )
 
 
-def adopt(config: Config, trial: TrialRecord, winner: Winner) -> None:
-    """Give the run what the winning trial has learnt, unless it has it already. config: the run's, with the winner's
-    overrides.
+def adopt(config: Config, trial: TrialRecord, winner: Winner) -> bool:
+    """Give the run what the winning trial has learnt; False where it has it already. config: the run's, with the
+    winner's overrides.
 
-    The phase that trials were the first epochs of gets its checkpoint, records and stored averages, and goes on from
+    The phase that trials were the first epochs of gets its checkpoints, records and stored averages, and goes on from
     there; one that follows a phase which trials continued begins from it.
     """
     store = _sweep_store(config) if continues(config) else CheckpointStore(config.checkpoint_store)
-    if store.names(winner.phase):
-        return
-    source = _trial_checkpoint(config, trial)
-    weights = header_in(source.state, source.folder).model_copy(update={"ema": winner.track})
-    state = {key: value for key, value in source.state.items() if key != "attempt"}
-    state |= {
-        "val_loss": winner.loss,
-        "weights": weights.model_dump(mode="json"),
-        "config": config.dump(),
-        "kind": "best",
-    }
-    state["metrics"] = state["metrics"] | {"val_loss": winner.loss}
+    held = store.checkpoints(winner.phase)
+    if held and held[-1].state["step"] >= winner.step:
+        return False
+    last = _trial_checkpoint(config, trial)
     if continues(config):
-        store.save(WINNER, source, state, weights.metadata())
-        return
+        store.save(WINNER, last, *_adopted(config, last, winner, trial.results[-1]))
+        return True
     copy_records(trial_folder(config, trial.name), config.output_dir, winner.phase, winner.step)
     _copy_snapshots(config, trial, winner.phase)
-    store.begin(winner.phase, source.state["world_size"]).update(start_step=0)
-    store.save(checkpoint_name(winner.phase, winner.step, winner.epoch), source, state, weights.metadata())
+    store.begin(winner.phase, last.state["world_size"]).update(start_step=0)
+    results = {result.step: result for result in trial.results}
+    for checkpoint in CheckpointStore(trial_store(config, trial.name)).checkpoints(winner.phase):
+        result = results.get(checkpoint.state["step"])
+        if result is not None:  # else it was saved in mid-epoch; the winner's own comes last
+            name = checkpoint_name(winner.phase, result.step, result.epoch)
+            store.save(name, checkpoint, *_adopted(config, checkpoint, winner, result))
+    return True
+
+
+def _adopted(
+    config: Config, source: Checkpoint, winner: Winner, result: EpochResult
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """State and metadata of a trial's checkpoint as one of the run's, judged by the average that won."""
+    weights = header_in(source.state, source.folder).model_copy(update={"ema": winner.track})
+    loss = result.losses[winner.track or "weights"]
+    state = {key: value for key, value in source.state.items() if key != "attempt"}
+    state |= {
+        "val_loss": loss,
+        "weights": weights.model_dump(mode="json"),
+        "config": config.dump(),
+        "metrics": state["metrics"] | {"val_loss": loss},
+    }
+    return state, weights.metadata()
 
 
 def discard_trials(config: Config, record: SweepRecord) -> None:
@@ -179,7 +193,8 @@ def write_results(config: Config, record: SweepRecord, candidates: list[Candidat
     by_average = {average_group(decay): decay for decay in decays(config)}
     title = f"sweep of {_phase(config)}: {len(record.trials)} trials"
     plot_sweep(record, candidates, by_average, folder / "sweep.png", title=title)
-    log_trials(config.output_dir, record)
+    if config.monitoring.tensorboard:
+        log_trials(config.output_dir, record)
 
 
 def table(config: Config, record: SweepRecord, candidates: list[Candidate]) -> list[str]:

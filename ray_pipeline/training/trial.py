@@ -32,8 +32,8 @@ from ray_pipeline.training.stopping import open_board
 from ray_pipeline.training.validation import read_tile_losses, tile_losses_steps
 
 _POLL_SECONDS = 0.5
-#: what Tune is told of a trial that diverged: it takes means of losses
-_DIVERGED = 1e9
+#: what Tune is told after an epoch
+LOSS, EPOCH = "loss", "epoch"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,10 @@ def trial_config(base: Config, name: str, values: Point) -> Config:
     config = parse_config(base.dump() | own, f"the sweep's {name}")
     settings = {
         f"phases.{index}.epochs": epochs,
-        f"phases.{index}.epochs_to_save": [],
+        # those of the winner become the run's
+        f"phases.{index}.epochs_to_save": [
+            epoch for epoch in phase.save_epochs if epoch <= sweep.epochs and not continues(base)
+        ],
         "monitoring.val_averages": "all",
         "monitoring.plot_samples": False,
     }
@@ -199,7 +202,7 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
             counted = news and not reason and (last or _begun(folder, phase, began))
             for result in epoch_results(folder, phase, sweep.epochs_before)[told:] if counted else []:
                 told += 1
-                ray.tune.report({"loss": min(judged.loss(result), _DIVERGED), "epoch": result.epoch})
+                ray.tune.report({LOSS: judged.told_loss(result), EPOCH: result.epoch})
                 reason = ray.get(notes.asked.remote(number))
                 if reason:
                     board.stop.remote(reason)

@@ -118,8 +118,9 @@ def test_the_phase_goes_on_from_the_winner_as_if_it_had_been_trained_from_the_st
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     resumed = [event for event in read_events(swept, SECOND, "phase") if event["status"] == "resumed"]
     assert [event["step"] for event in resumed] == [read_winner(swept).step]
-    stored = [CheckpointStore(run / "ema_snapshots" / SECOND).names() for run in (swept, plain)]
-    assert stored[0] == stored[1]
+    for folder in ("checkpoints", f"ema_snapshots/{SECOND}"):  # those of epochs within the sweep, too
+        stored = [CheckpointStore(run / folder).names(SECOND) for run in (swept, plain)]
+        assert stored[0] == stored[1]
 
 
 def test_every_trial_validates_every_average_at_equal_positions(swept):

@@ -154,3 +154,11 @@ def test_results_are_written_as_a_table_a_picture_and_for_tensorboard(sweep, tmp
     assert Image.open(folder / "sweep.png").size[0] > 1000
     events = list((tmp_path / "run" / "logs" / "tensorboard" / "sweep").rglob("events.*"))
     assert {path.parent.name for path in events} == {"trial_000", "trial_001"}
+
+
+def test_without_tensorboard_a_sweep_writes_none(sweep, tmp_path):
+    config, record = sweep({0: losses_of(0.3, 0.2, 0)})
+    config = config.model_copy(update={"monitoring": config.monitoring.model_copy(update={"tensorboard": False})})
+    write_results(config, record, compare(config, record))
+    assert (tmp_path / "run" / "sweep" / "results.csv").is_file()
+    assert not (tmp_path / "run" / "logs").exists()

@@ -3,12 +3,15 @@
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.tune.search import Searcher
 
 from ray_pipeline.config import parse_config
 from ray_pipeline.sweep_records import EpochResult, SweepRecord, TrialRecord, read_sweep
 from ray_pipeline.sweep_space import point
-from ray_pipeline.training.sweep import _Driver, _inner_search
+from ray_pipeline.training.sweep import _Driver
+from ray_pipeline.training.trial import EPOCH, LOSS
+from ray_pipeline.training.trial_search import optuna_search, scheduler
 
 PHASES = [
     {"name": "phase1_unconditional", "epochs": 2},
@@ -87,5 +90,19 @@ def test_optuna_draws_within_the_space_and_is_told_of_earlier_trials(driver):
     )
     small = sum(values["optimizer.lr"] < 10**-3.5 for values in drawn)  # half of the range of exponents
     assert small > 15
-    assert _inner_search(made.config.model_copy(update={"sweep": made.config.sweep.model_copy(
+    assert optuna_search(made.config.model_copy(update={"sweep": made.config.sweep.model_copy(
         update={"search": "random"})}), record) is None  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "asked"), [(2.0, "the scheduler"), (0.5, "")])
+def test_halving_judges_by_trials_of_an_earlier_start_too(driver, loss, asked):
+    """The first trial of a resume, beside three that ended before it, is given up unless it is among the best third."""
+    record = SweepRecord(averages=["ema_decay_0.9999"])
+    record.trials += [trial(number, "finished", loss=1.0, **{"model.dropout": 0.0}) for number in range(3)]
+    made = driver(record, epochs=4, grace_epochs=2)
+    halving = scheduler(made.config, record, made.notes)
+    assert halving.set_search_properties(LOSS, "min")
+    new = SimpleNamespace(trial_id="new", config={"number": 3})
+    halving.on_trial_add(None, new)
+    halving.on_trial_result(None, new, {EPOCH: 2, LOSS: loss})
+    assert ray.get(made.notes.asked.remote(3)) == asked
