@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,41 +37,48 @@ def job(ray_cluster, tiny_data, tiny_autoencoder, tmp_path_factory) -> PhaseJob:
     return PhaseJob(config=config.dump(), phase=1, latents=store, init=None)
 
 
-def samples(job: PhaseJob, out: Path, workers: int, first: int = 0) -> list:
-    """(step, position, digest) of every sample, in the order of positions."""
-    out.mkdir()
+#: what each of two workers takes in turn: name, rank, of how many, from which step
+TAKEN = ((("two", 0, 2, 0), ("one", 0, 1, 0)), (("two", 1, 2, 0), ("later", 0, 1, 4)))
+
+
+@pytest.fixture(scope="module")
+def samples(job, tmp_path_factory) -> dict[str, list]:
+    """By name of TAKEN: (step, position, digest) of every sample, in the order of positions."""
+    out = tmp_path_factory.mktemp("samples")
 
     def record(values: dict) -> None:
-        """Write what this rank is given at each step: index, and a digest of tile, noise, hints and which of them it
-        keeps, of each sample."""
-        data = open_data(PhaseJob(**values["job"]))
-        seen = []
-        batches = ReadAhead(prepared(data, stream(stream_settings(data), values["first"], STEPS)))
-        for taken in batches:
-            index = data.plan.positions(taken.step, data.rank, data.world_size).tolist()
-            assert taken.positions.tolist() == index
-            samples = [sample for batch in taken.batches for sample in zip(*vars(batch).values(), strict=True)]
-            for position, sample in zip(index, samples, strict=True):
-                parts = b"".join(part.contiguous().numpy().tobytes() for part in sample)
-                seen.append((taken.step, position, hashlib.sha256(parts).hexdigest()))
-        (Path(values["out"]) / f"rank{data.rank}.json").write_text(json.dumps(seen))
+        """Write what is given at each step: index, and a digest of tile, noise, hints and which of them it keeps, of
+        each sample."""
+        worker = open_data(PhaseJob(**values["job"]))
+        for name, rank, world_size, first in values["taken"][worker.rank]:
+            data, seen = replace(worker, rank=rank, world_size=world_size), []
+            for taken in ReadAhead(prepared(data, stream(stream_settings(data), first, STEPS))):
+                index = data.plan.positions(taken.step, rank, world_size).tolist()
+                assert taken.positions.tolist() == index
+                samples = [sample for batch in taken.batches for sample in zip(*vars(batch).values(), strict=True)]
+                for position, sample in zip(index, samples, strict=True):
+                    parts = b"".join(part.contiguous().numpy().tobytes() for part in sample)
+                    seen.append((taken.step, position, hashlib.sha256(parts).hexdigest()))
+            assert {step for step, _, _ in seen} == set(range(first, STEPS))
+            (Path(values["out"]) / f"{name}_{rank}.json").write_text(json.dumps(seen))
 
     TorchTrainer(
         record,
-        train_loop_config={"job": job_values(job), "first": first, "out": str(out)},
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
-        run_config=ray.train.RunConfig(name=out.name, storage_path=str(out.parent / "ray")),
+        train_loop_config={"job": job_values(job), "taken": TAKEN, "out": str(out)},
+        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+        run_config=ray.train.RunConfig(name="samples", storage_path=str(out / "ray")),
     ).fit()
-    ranks = [json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]
-    assert len(ranks) == workers
-    steps = [{step for step, _, _ in rank} for rank in ranks]
-    assert all(rank == set(range(first, STEPS)) for rank in steps)
-    return sorted((sample for rank in ranks for sample in rank), key=lambda sample: sample[1])
+    found: dict[str, list] = {}
+    for path in sorted(out.glob("*.json")):
+        found.setdefault(path.stem.split("_")[0], []).extend(map(tuple, json.loads(path.read_text())))
+    return {name: sorted(taken, key=lambda sample: sample[1]) for name, taken in found.items()}
 
 
-def test_two_workers_are_given_the_samples_and_noise_of_one_and_a_resume_those_it_has_not_seen(job, tmp_path):
-    one = samples(job, tmp_path / "one", workers=1)
-    assert [(step, position) for step, position, _ in one] == [(n // 5, n) for n in range(5 * STEPS)]
-    assert len({digest for _, _, digest in one}) == len(one)
-    assert samples(job, tmp_path / "two", workers=2) == one
-    assert samples(job, tmp_path / "later", workers=1, first=4) == [sample for sample in one if sample[0] >= 4]
+def test_two_workers_are_given_the_samples_and_noise_of_one(samples):
+    assert [(step, position) for step, position, _ in samples["one"]] == [(n // 5, n) for n in range(5 * STEPS)]
+    assert len({digest for _, _, digest in samples["one"]}) == 5 * STEPS
+    assert samples["two"] == samples["one"]
+
+
+def test_a_resume_is_given_the_samples_and_noise_that_it_has_not_seen(samples):
+    assert samples["later"] == [sample for sample in samples["one"] if sample[0] >= 4]
