@@ -42,9 +42,9 @@ WORKER_ENVIRONMENT = {
 }
 
 
-#: a group of changing size that finds no place within this many seconds is tried in another size: for up to 20 s Train
-#: counts on a node that has gone
-_ELASTIC_START_SECONDS = 10
+#: workers that find no place within this many seconds ask anew: while it waits, Train's controller answers nobody; a
+#: group of changing size is tried in another one, for up to 20 s Train counts on a node that has gone
+_START_SECONDS = 10
 #: nodes taken away with notice; more in one phase, and the run is stopped
 _MAX_PREEMPTIONS = 1000
 #: how often Train's controller looks after its workers, in seconds; its default of 2 s delays each restart
@@ -68,7 +68,7 @@ def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None
     phase = config.phases[job.phase]
     committed = None
     followed = _followed(Path(config.output_dir), phase.name, config.train.global_batch) if show else nullcontext()
-    with followed, _train_environment(config):
+    with followed:
         while True:
             attendance = Attendance(config, board)
             try:
@@ -102,8 +102,8 @@ def make_trainer(config: Config, job: PhaseJob) -> ray.train.torch.TorchTrainer:
             worker_runtime_env={} if uses_gpu(config) else {"env_vars": WORKER_ENVIRONMENT},
             failure_config=ray.train.FailureConfig(
                 max_failures=settings.max_failures,
-                # one for each time that a group of changing size found no place; `attend` bounds the time of them all
-                controller_failure_limit=settings.max_failures + math.ceil(timeout / _ELASTIC_START_SECONDS),
+                # one for each time that they found no place; `attend` bounds the time of them all
+                controller_failure_limit=settings.max_failures + math.ceil(timeout / _START_SECONDS),
                 max_preemption_failures=_MAX_PREEMPTIONS,
             ),
             callbacks=[ControllerReports(job.stop)],
@@ -119,8 +119,7 @@ def _train_environment(config: Config) -> Iterator[None]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": _HEALTH_CHECK_SECONDS,
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(timeout),
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(timeout),
-        # workers of a fixed number wait as long as `attend` lets them
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_ELASTIC_START_SECONDS if config.ray.elastic else 2 * timeout),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS),
     }
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ |= added
@@ -143,7 +142,7 @@ class Attendance:
     def attend(self, trainer: ray.train.torch.TorchTrainer) -> None:
         """Returns when the phase is finished; raises as `run_phase` does."""
         fit = threading.Thread(target=self._fit, args=(trainer,), daemon=True, name="train-fit")
-        with signals_into(self.events):
+        with _train_environment(self.config), signals_into(self.events):
             fit.start()
             try:
                 orderly, error = self._until_the_end()
@@ -205,7 +204,9 @@ class Attendance:
         controller = self.news.controller
         if controller is None:
             return
-        # in good order if it answers; it does not while it waits for a place
+        # killed, it would leave its workers' place taken until the driver ends; while it waits for one, it is the
+        # board that it asks
+        self.board.stop.remote("the run ends")
         ray.wait([controller.abort.remote()], timeout=_ABORT_SECONDS)
         ray.kill(controller)
 

@@ -60,6 +60,10 @@ class Board:
         self._reason = reason
         self._asked.set()
 
+    async def asked(self) -> str:
+        """Why to stop; "" while nobody asks."""
+        return self._reason
+
     async def wait(self) -> str:
         """Why to stop, once anybody asks."""
         await self._asked.wait()
@@ -161,7 +165,8 @@ class StopWatch:
 
 
 class ControllerReports(ControllerCallback, WorkerGroupCallback):
-    """In Train's controller: keeps the board up to date, and ends the run at wrong input, which no retry mends."""
+    """In Train's controller: keeps the board up to date, and ends the run at wrong input, which no retry mends, and
+    where it is asked to stop while there are no workers: then it does not answer its driver."""
 
     def __init__(self, board: ActorHandle):
         self.board = board
@@ -170,9 +175,16 @@ class ControllerReports(ControllerCallback, WorkerGroupCallback):
         self.board.controlled_by.remote(ray.get_runtime_context().current_actor)
 
     def after_controller_state_update(self, previous_state, current_state) -> None:
-        if type(previous_state) is not type(current_state):
-            unplaced = ("InitializingState", "SchedulingState", "ReschedulingState", "RestartingState", "ResizingState")
-            self.board.running.remote(type(current_state).__name__ not in unplaced)
+        if type(previous_state) is type(current_state):
+            return
+        name = type(current_state).__name__
+        without_place = ("InitializingState", "ReschedulingState", "RestartingState")
+        self.board.running.remote(name not in (*without_place, "SchedulingState", "ResizingState"))
+        if name in without_place:
+            with suppress(RayActorError):  # without its driver nobody asks
+                reason = ray.get(self.board.asked.remote())
+                if reason:
+                    raise RuntimeError(f"asked to stop ({reason}) while there are no workers")
 
     def after_worker_group_poll_status(self, worker_group_status) -> None:
         errors = {rank: each.error for rank, each in worker_group_status.worker_statuses.items() if each.error}

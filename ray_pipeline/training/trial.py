@@ -214,7 +214,8 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
     finally:
         board.stop.remote("the trial ends")  # a fit that is left behind would keep its workers
         thread.join()
-    if ended[0] is not None:
+    # one that was asked to stop before it had workers ends with an error
+    if ended[0] is not None and not ray.get(notes.asked.remote(number)):
         raise ended[0]
 
 

@@ -194,6 +194,12 @@ def test_workers_that_find_no_place_are_waited_for_so_long_and_the_words_say_wha
             attend(tmp_path, loop_for_ever(), cpus_per_worker=4, timeout_minutes=0.05)
     finally:
         ray.kill(taken)
+    until = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray_cluster["CPU"]:  # nothing waits for the place any more
+        assert time.monotonic() < until, ray.available_resources()
+        time.sleep(0.2)
+    time.sleep(1)
+    assert ray.available_resources()["CPU"] == ray_cluster["CPU"]
 
 
 @pytest.mark.parametrize(
