@@ -92,31 +92,31 @@ def _add(commands, name: str, run: Callable, words: str, example: str | None = N
 
 
 def _encode(arguments) -> None:
-    from ray_pipeline import pipeline
+    from ray_pipeline import encoding
     from ray_pipeline.ray_session import ray_session
 
     config = _load(arguments)
     if arguments.verify:
-        store, shards, found = pipeline.verify(config)
+        store, shards, found = encoding.verify(config)
         print(f"{shards} shards of {store} are whole")
         print(f"{found.tiles} tiles encoded again differ by at most {found.difference:.2g} of the latents' std")
         return
-    pipeline.prepare_data(config)
-    prepared = pipeline.look(config, overwrite=arguments.overwrite)
+    encoding.prepare_data(config)
+    prepared = encoding.look(config, overwrite=arguments.overwrite)
     if prepared.stored:
         print(f"latents   {prepared.job.store}: stored already, nothing to do")
     else:
         with ray_session(config.ray):
-            pipeline.encode(config, prepared)
+            encoding.encode(config, prepared)
         print_store(prepared.job.store)
     print(f"next      ray-pipeline train {config_words(arguments)}")
 
 
 def print_store(store: str) -> None:
     """What a finished latent store holds, and what was left out of it."""
-    from ray_pipeline import pipeline
+    from ray_pipeline import encoding
 
-    tiles, rejected, partners = pipeline.stored_tiles(store)
+    tiles, rejected, partners = encoding.stored_tiles(store)
     accepted = sum(tiles.values())
     print(f"tiles     {accepted + rejected} listed = {accepted} accepted + {rejected} rejected")
     print(f"latents   {store}: {counts_in_words(tiles)}")

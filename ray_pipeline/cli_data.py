@@ -118,9 +118,9 @@ def _hints(arguments) -> None:
     for name, settings in resolve_hints(config.data.hints, arguments.names or known_hints()).items():
         print(f"{name}: " + ", ".join(f"{key}={value}" for key, value in settings.items()))
     if arguments.preview is not None:
-        from ray_pipeline import pipeline
+        from ray_pipeline import encoding
 
-        pipeline.preview_hints(config, arguments.names, arguments.tiles, arguments.preview)
+        encoding.preview_hints(config, arguments.names, arguments.tiles, arguments.preview)
         print(f"picture   {arguments.preview}")
         print(f"next      ray-pipeline encode {config_words(arguments)}")
     else:

@@ -174,6 +174,11 @@ def latents_bytes(job: EncodeJob, tiles: int) -> int:
     return int(_MARGIN * tiles * job.row_bytes)
 
 
+def bytes_in(folder: Path) -> int:
+    """What lies in a folder already, and so needs no further room."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
 def check_disk(folder: str | Path, need: int, key: str) -> None:
     """UserError when the file system of `folder` (which need not exist yet) has less than `need` bytes free."""
     if is_uri(str(folder)):  # object storage has no size

@@ -2,166 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from ray_pipeline import estimate
 from ray_pipeline.checkpoints import CheckpointStore, DamagedCheckpoint, open_checkpoint
 from ray_pipeline.config import Config
-from ray_pipeline.data import encode as encoding
-from ray_pipeline.data.encode_job import EncodeJob, encode_job
-from ray_pipeline.data.hint_preview import preview, with_hints
-from ray_pipeline.data.latents import LatentStore
-from ray_pipeline.data.listing import Listing, list_tiles
-from ray_pipeline.data.manifest import SPLITS, dataset_folders
+from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.data.mixture import make_mixture, validation_rows
-from ray_pipeline.data.rejected import REJECTED_FILE
-from ray_pipeline.data.sources.simulate import simulate
-from ray_pipeline.data.verify import Comparison, compare_sample
+from ray_pipeline.encoding import Prepared, encode, has_data, look, prepare_data
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
-from ray_pipeline.monitoring.progress import Progress
-from ray_pipeline.monitoring.tile_grid import Window, sample_grid
 from ray_pipeline.ray_session import ray_session
 from ray_pipeline.resume import open_run
 from ray_pipeline.retention import best_of
-from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder
 from ray_pipeline.sweep_records import read_sweep, read_winner, sweep_folder
 from ray_pipeline.sweep_space import check_space, continues, decays, phase_index
 from ray_pipeline.sweeping import confirm, found_config, search, served_phase
-from ray_pipeline.training.launch import check_resources, run_phase, uses_gpu
+from ray_pipeline.training.launch import check_resources, run_phase
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
 from ray_pipeline.training.sweep import trials_at_once
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Tiles and the encode job that fits the config."""
-
-    job: EncodeJob
-    listing: Listing
-    fingerprint: encoding.Fingerprint
-    stored: bool
-
-    @property
-    def tiles(self) -> dict[str, int]:
-        """Tiles of each split whose latents are stored."""
-        return {split: len(rows) for split, rows in encoding.stored_tiles(self.job, self.listing).rows.items()}
-
-
-def prepare_data(config: Config) -> None:
-    """Write the embedded sample data set when the config asks for it and data.root holds no data set."""
-    settings = config.data.simulate
-    if settings is None or _has_data(config):
-        return
-    progress = Progress(settings.fields, "simulate", unit="field")
-    summary = simulate(
-        Path(config.data.root),
-        fields=settings.fields,
-        seed=settings.seed,
-        field_size=settings.field_size,
-        tile_size=config.data.tile_size,
-        val_fraction=settings.val_fraction,
-        scale=settings.scale,
-        workers=os.cpu_count() or 1,
-        progress=lambda done, _: progress.update(done),
-    )
-    progress.close(f"{summary.tiles['train']} training and {summary.tiles['val']} validation tiles")
-
-
-def _has_data(config: Config) -> bool:
-    """Whether data.root holds a whole data set; manifest.csv is written last."""
-    return any((folder / "manifests" / "manifest.csv").is_file() for folder in dataset_folders(config.data.root))
-
-
-def look(config: Config, *, overwrite: bool = False) -> Prepared:
-    """Check tiles and autoencoder and compare with the store; writes nothing.
-
-    UserError: missing manifests or images, wrong autoencoder, a store of other tiles or settings (unless `overwrite`).
-    """
-    job = encode_job(config)
-    autoencoder = load_autoencoder(
-        job.autoencoder,
-        precision=job.precision,
-        latent_channels=config.model.latent_channels,
-        posterior=job.posterior,
-    )
-    listing = list_tiles(job)
-    fingerprint = encoding.fingerprint(job, listing, autoencoder)
-    stored = False if overwrite else encoding.check_store(job, fingerprint)
-    return Prepared(job=job, listing=listing, fingerprint=fingerprint, stored=stored)
-
-
-def preview_hints(config: Config, names: Sequence[str], count: int, path: Path) -> None:
-    """Draw tiles of data.root with these hints (all, where none is named) as a PNG; UserError for an unknown name."""
-    if count < 1:
-        raise UserError(f"--tiles {count}: expected at least 1; change it")
-    prepare_data(config)
-    heads, rows = preview(with_hints(encode_job(config), names, config.data.hints), count)
-    shown = [[Window.of(images[0]).of_hint(*pair) for pair in zip(heads, images, strict=True)] for images in rows]
-    columns = [(head, np.stack([row[number] for row in shown])) for number, head in enumerate(heads)]
-    sample_grid(columns, path, title="hints, a tile in each row")
-
-
-def verify(config: Config) -> tuple[str, int, Comparison]:
-    """The latent store, how many of its shards are whole, and a sample of it encoded again; UserError for a damaged
-    store, or one of other tiles or settings."""
-    store = encode_job(config).store
-    shards = encoding.check_shards(store)
-    prepared = look(config)
-    if not prepared.stored:
-        raise UserError(f"{store} is not finished, so there is nothing to compare; run `ray-pipeline encode` first")
-    return store, shards, compare_sample(prepared.job, torch.cuda.is_available())
-
-
-def encode(config: Config, prepared: Prepared) -> None:
-    """Encode on the Ray that is running, unless the store is there."""
-    if prepared.stored:
-        return
-    tiles = sum(prepared.tiles.values())
-    need = estimate.latents_bytes(prepared.job, tiles) - _bytes_in(Path(prepared.job.store))
-    estimate.check_disk(prepared.job.store, need, "data.latents")
-    gpu = uses_gpu(config)
-    actors = config.vae.actors or (config.ray.max_workers if gpu else max(1, os.cpu_count() or 1))
-    progress = Progress(tiles, "encode", unit="tile")
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress.update(done)
-
-    stats = encoding.encode(
-        prepared.job,
-        prepared.listing,
-        prepared.fingerprint,
-        actors=actors,
-        gpus_per_actor=(config.vae.gpus_per_actor or 1.0) if gpu else 0.0,
-        progress=advance,
-    )
-    progress.close("latent std " + " ".join(f"{value:.3f}" for value in stats.std))
-    left_out = LatentStore.open(prepared.job.store).index["rejected"]
-    if left_out:
-        listing = Folder(prepared.job.store).where(REJECTED_FILE)
-        warnings.warn(f"{left_out} tiles cannot be used and were left out, see {listing}", stacklevel=2)
-
-
-def stored_tiles(store: str) -> tuple[dict[str, int], int, dict[str, int]]:
-    """Of a finished latent store: tiles of each split, how many were left out, and, of each hint that may have one, the
-    tiles with a partner on disk."""
-    splits = {split: LatentStore.open(Folder(store).child(split)) for split in SPLITS}
-    hints = [name for name in splits["train"].hint_names if name in PARTNER_TYPES]
-    partners = {
-        hint: sum(entry.partners[hint] for split in splits.values() for entry in split.datasets) for hint in hints
-    }
-    return {name: len(split) for name, split in splits.items()}, splits["train"].index["rejected"], partners
 
 
 def train(
@@ -277,7 +140,7 @@ def check_room(config: Config, samples: list[int]) -> None:
     estimates = [estimate.estimate_phase(config, *pair) for pair in zip(config.phases, samples, strict=True)]
     sweep, store = estimate.estimate_sweep(config, estimates), config.checkpoint.store
     place, key = (store, "checkpoint.store") if store else (config.output_dir, "output_dir")
-    estimate.check_disk(place, estimate.output_bytes(estimates, sweep) - _bytes_in(Path(place)), key)
+    estimate.check_disk(place, estimate.output_bytes(estimates, sweep) - estimate.bytes_in(Path(place)), key)
     if sweep is not None and len(decays(config)) > 1 and sweep.last_step <= config.ema.start_step:
         warnings.warn(
             f"trials end at step {sweep.last_step}, and averages begin at ema.start_step={config.ema.start_step}: the "
@@ -285,11 +148,6 @@ def check_room(config: Config, samples: list[int]) -> None:
             "out of sweep.space",
             stacklevel=2,
         )
-
-
-def _bytes_in(folder: Path) -> int:
-    """What lies in a folder already, and so needs no further room."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
 def initial_weights(config: Config, index: int) -> str | None:
@@ -329,7 +187,7 @@ def dry_run(config: Config) -> str:
     estimate.check_writable(config.output_dir, "output_dir")
     estimate.check_writable(encode_job(config).store, "data.latents")
     settings = config.data.simulate
-    if settings is not None and not _has_data(config):
+    if settings is not None and not has_data(config):
         load_autoencoder(config.vae.pretrained, latent_channels=config.model.latent_channels)
         per_field = (settings.field_size // config.data.tile_size) ** 2
         val = max(1, round(settings.fields * settings.val_fraction))

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from ray_encoding.config import parse_config
+from ray_encoding.data.hint_preview import preview, with_hints
+from ray_encoding.data.hint_registry import known_hints, make_hint, resolve_hints
+from ray_encoding.data.listing import list_tiles
+from ray_encoding.data.tiles import read_tile
+from ray_encoding.errors import UserError
+from ray_encoding.sections import CONDITION_TYPES
 
-from ray_pipeline import pipeline
-from ray_pipeline.config import parse_config
-from ray_pipeline.data.hint_preview import preview, with_hints
-from ray_pipeline.data.hint_registry import known_hints, make_hint, resolve_hints
-from ray_pipeline.data.listing import list_tiles
-from ray_pipeline.data.tiles import read_tile
-from ray_pipeline.errors import UserError
-from ray_pipeline.sections import CONDITION_TYPES
+from ray_pipeline import encoding
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_any_hint_may_be_asked_for_with_the_parameters_of_the_yaml(job_for, tiny
 @pytest.mark.parametrize("names", [(), ("canny", "super_resolution")])
 def test_the_picture_has_a_row_a_tile_and_a_column_a_hint(config, tmp_path, names):
     path = tmp_path / "hints.png"
-    pipeline.preview_hints(config, names, 3, path)
+    encoding.preview_hints(config, names, 3, path)
     picture = np.asarray(Image.open(path).convert("L"))
     columns = 1 + (len(names) or len(CONDITION_TYPES))
     assert picture.shape[0] > 3 * 128  # 64 px, magnified
@@ -71,7 +71,7 @@ def test_settings_of_every_hint_are_told_with_those_of_the_yaml(config):
 
 def test_no_tiles_or_a_bad_one_are_told(config, job_for, copy_of_data, tmp_path):
     with pytest.raises(UserError, match="--tiles 0: expected at least 1"):
-        pipeline.preview_hints(config, (), 0, tmp_path / "hints.png")
+        encoding.preview_hints(config, (), 0, tmp_path / "hints.png")
     job = job_for(copy_of_data, "canny")
     path = Path(list_tiles(job).rows["train"][0].path)
     (copy_of_data / path).write_text("none")

@@ -9,7 +9,7 @@ import pytest
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from ray_pipeline import pipeline
+from ray_pipeline import encoding
 from ray_pipeline.config import load_config
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.data.stream import ReadAhead, stream
@@ -32,7 +32,7 @@ def job(ray_cluster, tiny_data, tiny_autoencoder, tmp_path_factory) -> PhaseJob:
         "train.dataloader_workers": 2, "phases.1.datasets": drawn, "output_dir": folder / "run",
     }  # fmt: skip
     config = load_config(ROOT / "configs/demo.yaml", [f"{key}={value}" for key, value in values.items()])
-    pipeline.encode(config, pipeline.look(config))
+    encoding.encode(config, encoding.look(config))
     store = encode_job(config).store
     return PhaseJob(config=config.dump(), phase=1, latents=store, init=None)
 

@@ -139,7 +139,7 @@ def test_a_tile_of_another_size_than_the_config_is_named(ray_cluster, tiny_data,
 
 def test_data_whose_simulation_was_cut_off_is_simulated_again(tmp_path):
     from ray_pipeline.config import load_config
-    from ray_pipeline.pipeline import prepare_data
+    from ray_pipeline.encoding import prepare_data
 
     config = load_config(
         ROOT / "configs/demo.yaml",
