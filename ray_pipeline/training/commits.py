@@ -66,7 +66,9 @@ class Commits:
         run, started = self.run, time.perf_counter()
         name = checkpoint_name(run.phase.name, run.state.step, epoch)
         self.states[name], self._pending[name] = state, 0.0
-        obsolete = obsolete_names(run.phase, self.states, name) + self._strays
+        # what a kill left of a checkpoint goes, unless a whole one of that name has taken its place
+        strays = tuple(stray for stray in self._strays if stray not in self.states)
+        obsolete = obsolete_names(run.phase, self.states, name) + strays
         replaceable = state["kind"] in ("safety", "stop")  # nothing makes an epoch's again
         self.submit(Save(run.checkpoints, name, run.state.groups(), state, metadata, obsolete, replaceable))
         self._pending[name] = time.perf_counter() - started

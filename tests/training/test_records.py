@@ -74,6 +74,21 @@ def test_only_the_epochs_to_save_the_best_and_the_last_are_kept(run):
         assert records.progress.last == "prior_epoch_004.ckpt"
 
 
+@pytest.mark.parametrize("again", [2, 3], ids=["whose epoch came again", "of another epoch"])
+def test_what_a_kill_left_of_a_checkpoint_goes_and_one_saved_again_in_its_place_stays(run, again):
+    left = Path(run.checkpoints.path("prior_epoch_002.ckpt"))
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
+    with PhaseRecords(run) as records:
+        for epoch in range(again, 5):
+            run.state.step = 4 * epoch
+            records.save("epoch" if epoch == 2 else "last", epoch=epoch)
+        assert records.commits.saver.drain(60)
+        records.after_step(save=False)
+        assert committed(run) == ([8, 16] if again == 2 else [16])
+        assert left.exists() == (again == 2)
+
+
 def test_a_loss_that_is_not_finite_is_never_the_best(run):
     with PhaseRecords(run) as records:
         run.state.step = 4
