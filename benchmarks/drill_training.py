@@ -29,6 +29,7 @@ from disturbances import KINDS, NODE_CPUS, Hit, Target, small_cluster
 from run_proof import differing, last_tensors, logged_samples, snapshot_tensors, unplanned_samples
 from small_run import CREDENTIALS, PHASES, Missed, Place, SmallRun, prepare
 
+from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.data.plan import SamplePlan
 
 GLOBAL_BATCH = 8
@@ -193,6 +194,9 @@ def compare(drill: Drill, part: Part, run: SmallRun, store: str) -> list[str]:
             names = differing(*pair)
             if names or not pair[0]:
                 problems.append(f"{phase}: {len(names)} of {len(pair[0])} tensors of the {what} differ: {names[:3]}")
+        kept, expected = (CheckpointStore(place).names(phase) for place in (store, undisturbed / "checkpoints"))
+        if kept != expected:
+            problems.append(f"{phase}: checkpoints {kept} are kept, expected {expected}")
         problems += unplanned_samples(run.folder, phase, plan, drill.steps[phase])
         attempts += len(logged_samples(run.folder, phase))
     words = "; ".join(problems) or f"{compared} tensors equal bit for bit, samples as planned in {attempts} attempts"

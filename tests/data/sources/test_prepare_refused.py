@@ -186,7 +186,7 @@ def test_a_job_that_fails_midway_shows_nothing_and_keeps_the_old(tmp_path, sourc
         tifffile.imwrite(source / f"more{i}.tif", cells((64, 64)))
 
     def lose_an_image(stage, done, total):
-        if stage == "writing tiles" and done == 1:
+        if stage == "writing tiles" and done == 0:
             (source / "more9.tif").unlink()
 
     with pytest.raises(UserError, match=r"more9\.tif: no such image file"):
