@@ -26,10 +26,11 @@ from ray_pipeline.json_lines import parse_line
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import metrics_path
 from ray_pipeline.monitoring.progress import Progress
+from ray_pipeline.training.board import News, open_board
 from ray_pipeline.training.entry import train_on_worker
 from ray_pipeline.training.placement import check_resources, placement_in_words, uses_gpu, worker_resources
 from ray_pipeline.training.setup import PhaseJob, job_values
-from ray_pipeline.training.stopping import SIGNAL_NAMES, ControllerReports, News, open_board, signals_into
+from ray_pipeline.training.stopping import SIGNAL_NAMES, ControllerReports, signals_into
 
 #: environment of a training process on CPU. Freed blocks stay with the process (glibc's mallopt(3)) and are backed by
 #: huge pages: a step allocates the same gigabytes of activations and gradients again, and fresh small pages cost as

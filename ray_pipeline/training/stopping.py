@@ -1,19 +1,15 @@
 """Stopping with nothing lost: the driver asks, every worker sees it at its next step, commits and returns.
 
-Driver, Train's controller and the workers of a phase meet at one actor, the Board. It lives beside the driver and ends
-with it: a worker whose driver is gone is asked nothing.
+Driver, Train's controller and the workers of a phase meet at one actor, the Board.
 """
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from queue import SimpleQueue
 
 import ray
@@ -22,97 +18,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_pipeline.errors import find_user_error
 
 SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-
-
-@dataclass(frozen=True)
-class News:
-    """What the driver is told of its run.
-
-    controller: Train's. unplaced_seconds: for how long it has been without workers; 0 while they run. committed: the
-    newest checkpoint, as (step, name). failure: what the ranks that failed last have said, with their tracebacks.
-    """
-
-    controller: ActorHandle | None = None
-    unplaced_seconds: float = 0.0
-    committed: tuple[int, str] | None = None
-    failure: str = ""
-
-
-class Board:
-    """Actor with the wishes of the driver and the news of a run; only `wait` and `verdict` take their time."""
-
-    def __init__(self):
-        self._reason = ""
-        self._asked = asyncio.Event()
-        self._judged, self._verdict = 0, asyncio.Event()
-        self._controller: ActorHandle | None = None
-        self._unplaced_since: float | None = time.monotonic()
-        self._committed: tuple[int, str] | None = None
-        self._failure = ""
-
-    async def stop(self, reason: str) -> None:
-        """Ask the workers, those that run and those to come, to commit and to return."""
-        self._reason = reason
-        self._asked.set()
-
-    async def asked(self) -> str:
-        """Why to stop; "" while nobody asks."""
-        return self._reason
-
-    async def wait(self) -> str:
-        """Why to stop, once anybody asks."""
-        await self._asked.wait()
-        return self._reason
-
-    async def judge(self, step: int) -> None:
-        """Who waits for a verdict on `step` may go on, unless someone asked to stop."""
-        self._judged = max(self._judged, step)
-        self._verdict.set()
-
-    async def verdict(self, step: int) -> str:
-        """Why to stop, or "" to go on, once step `step` was judged."""
-        while self._judged < step and not self._asked.is_set():
-            self._verdict.clear()
-            waits = [asyncio.ensure_future(event.wait()) for event in (self._verdict, self._asked)]
-            _, late = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in late:
-                wait.cancel()
-        return self._reason
-
-    async def controlled_by(self, controller: ActorHandle) -> None:
-        self._controller = controller
-
-    async def running(self, running: bool) -> None:
-        """Whether there are workers."""
-        if running:
-            self._unplaced_since = None
-        elif self._unplaced_since is None:
-            self._unplaced_since = time.monotonic()
-
-    async def committed(self, step: int, checkpoint: str) -> None:
-        self._committed = (step, checkpoint)
-
-    async def failed(self, words: str) -> None:
-        self._failure = words
-
-    async def news(self) -> News:
-        unplaced = 0.0 if self._unplaced_since is None else time.monotonic() - self._unplaced_since
-        return News(self._controller, unplaced, self._committed, self._failure)
-
-
-def open_board() -> ActorHandle:
-    """A Board on the driver's node: the loss of another node does not take it away."""
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=on_this_node()).remote()
-
-
-def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """For an actor that is to live as long as the driver's node."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class StopWatch:

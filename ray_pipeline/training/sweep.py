@@ -32,13 +32,13 @@ from ray_pipeline.monitoring.phase_state import utc_now
 from ray_pipeline.storage import Folder
 from ray_pipeline.sweep_records import FOLDER, SweepRecord, TrialRecord, read_sweep, sweep_folder
 from ray_pipeline.sweep_space import Point, count, phase_index
+from ray_pipeline.training.board import open_notes
 from ray_pipeline.training.launch import check_resources
 from ray_pipeline.training.placement import groups_that_fit
-from ray_pipeline.training.stopping import SIGNAL_NAMES, on_this_node, signals_into
+from ray_pipeline.training.stopping import SIGNAL_NAMES, signals_into
 from ray_pipeline.training.trial import (
     EPOCH,
     LOSS,
-    Notes,
     SweepJob,
     epoch_results,
     run_trial,
@@ -122,7 +122,7 @@ class _Driver:
 
     def __init__(self, config: Config, job: SweepJob, record: SweepRecord, folder: Path, say: Callable[[str], None]):
         self.config, self.job, self.record, self.folder, self.say = config, job, record, folder, say
-        self.notes = ray.remote(num_cpus=0)(Notes).options(scheduling_strategy=on_this_node()).remote()
+        self.notes = open_notes()
         self.trials = {trial.number: trial for trial in record.trials}
         self.search = TrialSearch(config, self.next_trial, optuna_search(config, record))
         self.phase = config.phases[phase_index(config)].name

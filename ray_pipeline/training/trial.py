@@ -25,10 +25,10 @@ from ray_pipeline.run_state import CONFIG_FILE
 from ray_pipeline.storage import Folder, replace_file
 from ray_pipeline.sweep_records import FOLDER, EpochResult, SweepRecord, sweep_folder
 from ray_pipeline.sweep_space import Point, continues, decays, phase_index, with_values
+from ray_pipeline.training.board import open_board
 from ray_pipeline.training.ema import average_group
 from ray_pipeline.training.launch import run_phase
 from ray_pipeline.training.setup import PhaseJob
-from ray_pipeline.training.stopping import open_board
 from ray_pipeline.training.validation import read_tile_losses, tile_losses_steps
 
 _POLL_SECONDS = 0.5
@@ -50,34 +50,6 @@ class SweepJob:
     @property
     def config(self) -> Config:
         return parse_config(self.base, "the sweep's config")
-
-
-class Notes:
-    """Actor: who is to stop, and why others failed. `everyone`: the sweep itself ends."""
-
-    def __init__(self):
-        self._stopped: dict[int, str] = {}
-        self._failures: dict[int, str] = {}
-        self._everyone = ""
-
-    def stop(self, number: int, reason: str) -> None:
-        """Ask one trial to stop."""
-        self._stopped[number] = reason
-
-    def stop_everyone(self, reason: str) -> None:
-        """Ask all to stop, those to come too."""
-        self._everyone = reason
-
-    def asked(self, number: int) -> str:
-        """Why a trial is to stop; "" while nobody asks."""
-        return self._everyone or self._stopped.get(number, "")
-
-    def fail(self, number: int, words: str) -> None:
-        """What a trial says of its end."""
-        self._failures[number] = words
-
-    def failure(self, number: int) -> str:
-        return self._failures.get(number, "its process ended")
 
 
 def trial_folder(base: Config, name: str) -> Path:

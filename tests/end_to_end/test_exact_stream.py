@@ -9,7 +9,6 @@ import pytest
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from ray_pipeline import encoding
 from ray_pipeline.config import load_config
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.data.stream import ReadAhead, stream
@@ -21,7 +20,7 @@ STEPS = 9  # of 5 samples: beyond the first epoch of 24
 
 
 @pytest.fixture(scope="module")
-def job(ray_cluster, tiny_data, tiny_autoencoder, tmp_path_factory) -> PhaseJob:
+def job(run_job_here, tiny_data, tiny_autoencoder, tmp_path_factory) -> PhaseJob:
     """Phase 2 of a small job: three augmentation variants, real and simulated degradations in a ratio of 2 to 1."""
     folder = tmp_path_factory.mktemp("exact")
     drawn = "[{name: simulated, weight: 2, degradations: real}, {name: simulated, weight: 1, degradations: simulated}]"
@@ -32,9 +31,9 @@ def job(ray_cluster, tiny_data, tiny_autoencoder, tmp_path_factory) -> PhaseJob:
         "train.dataloader_workers": 2, "phases.1.datasets": drawn, "output_dir": folder / "run",
     }  # fmt: skip
     config = load_config(ROOT / "configs/demo.yaml", [f"{key}={value}" for key, value in values.items()])
-    encoding.encode(config, encoding.look(config))
-    store = encode_job(config).store
-    return PhaseJob(config=config.dump(), phase=1, latents=store, init=None)
+    encoded = encode_job(config)
+    run_job_here(encoded)
+    return PhaseJob(config=config.dump(), phase=1, latents=encoded.store, init=None)
 
 
 #: what each of two workers takes in turn: name, rank, of how many, from which step
@@ -42,7 +41,7 @@ TAKEN = ((("two", 0, 2, 0), ("one", 0, 1, 0)), (("two", 1, 2, 0), ("later", 0, 1
 
 
 @pytest.fixture(scope="module")
-def samples(job, tmp_path_factory) -> dict[str, list]:
+def samples(ray_cluster, job, tmp_path_factory) -> dict[str, list]:
     """By name of TAKEN: (step, position, digest) of every sample, in the order of positions."""
     out = tmp_path_factory.mktemp("samples")
 

@@ -17,6 +17,7 @@ from ray_pipeline import pipeline
 from ray_pipeline.checkpoints import CheckpointStore, open_checkpoint
 from ray_pipeline.cli import main
 from ray_pipeline.config import load_config
+from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import read_events
 from ray_pipeline.sweep_records import read_sweep, read_winner
@@ -41,9 +42,10 @@ SPACE = "{optimizer.lr: {grid: [1.0e-9, 2.0e-3]}, ema.decay: {grid: [0.99, 0.5, 
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, tiny_data, tiny_autoencoder) -> Path:
+def config(tmp_path_factory, run_job_here, tiny_data, tiny_autoencoder) -> Path:
     path = tmp_path_factory.mktemp("sweep") / "config.yaml"
     path.write_text(CONFIG.format(data=tiny_data, folder=path.parent, vae=tiny_autoencoder))
+    run_job_here(encode_job(load_config(path)))
     return path
 
 
@@ -73,11 +75,13 @@ def before_phase_two(run: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def swept(plain, config) -> Path:
     """Goes on from phase 1 with a sweep whose command is killed after the first result, and is then gone on with."""
+    import ray
+
     out = config.parent / "swept"
     before_phase_two(plain, out)
     settings = {"sweep__enabled": "true", "sweep__epochs": 2, "sweep__scheduler": "fifo", "sweep__space": SPACE}
     command = [sys.executable, "-m", "ray_pipeline", "train", *words(config, out, **settings), "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 300
     while not ((record := read_sweep(out)) and any(trial.results for trial in record.trials)):

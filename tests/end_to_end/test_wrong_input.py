@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from ray_pipeline.cli import main
@@ -120,21 +119,6 @@ def test_each_command_names_what_is_not_there(tmp_path, monkeypatch, capsys, wor
     assert error.startswith("error: ")
     assert said in error
     assert error.count("\n") == 1
-
-
-def test_a_tile_of_another_size_than_the_config_is_named(ray_cluster, tiny_data, tiny_autoencoder, tmp_path, capfd):
-    from ray_pipeline.data.tiles import write_tile
-
-    data = tmp_path / "data"
-    shutil.copytree(tiny_data, data, ignore=shutil.ignore_patterns("latents"))
-    path = sorted((data / "foundation" / "simulated" / "images").glob("*.png"))[0]
-    write_tile(path, np.zeros((32, 32), np.float32))
-    settings = [*SMALL, f"data.root={data}", f"vae.pretrained={tiny_autoencoder}", f"output_dir={tmp_path / 'run'}"]
-    words = [word for setting in settings for word in ("--set", setting)]
-    assert main(["encode", "--config", str(ROOT / "configs/demo.yaml"), *words]) == 2
-    error = capfd.readouterr().err
-    assert "32x32" in error
-    assert path.name in error
 
 
 def test_data_whose_simulation_was_cut_off_is_simulated_again(tmp_path):

@@ -15,10 +15,10 @@ import ray
 
 from ray_pipeline.config import parse_config
 from ray_pipeline.errors import RunStopped, UserError
+from ray_pipeline.training.board import open_board
 from ray_pipeline.training.launch import Attendance, make_trainer
 from ray_pipeline.training.placement import check_resources, groups_that_fit
 from ray_pipeline.training.setup import PhaseJob
-from ray_pipeline.training.stopping import open_board
 
 
 def config_of(folder: Path, **settings):
@@ -247,7 +247,7 @@ from ray.core.generated import autoscaler_pb2
 from ray_pipeline.config import parse_config
 from ray_pipeline.training.launch import Attendance, make_trainer
 from ray_pipeline.training.setup import PhaseJob
-from ray_pipeline.training.stopping import open_board
+from ray_pipeline.training.board import open_board
 
 def loop(job):
     import time
