@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ray_encoding.config import Config
-from ray_encoding.data.encode_job import encode_job
-from ray_encoding.data.latents import LatentStore
-from ray_encoding.data.mixture import make_mixture
-from ray_encoding.models.dit import DiT
-from ray_encoding.ray_session import ray_session
-from ray_encoding.training.build import make_edm, make_network, make_state
-from ray_encoding.training.loss import TrainingLoss
-from ray_encoding.training.setup import PhaseRun, Start
-from ray_encoding.training.step import MicroBatch, micro_batches
 
 from ray_pipeline import encoding
+from ray_pipeline.config import Config
+from ray_pipeline.data.encode_job import encode_job
+from ray_pipeline.data.latents import LatentStore
+from ray_pipeline.data.mixture import make_mixture
+from ray_pipeline.models.dit import DiT
+from ray_pipeline.ray_session import ray_session
+from ray_pipeline.training.build import make_edm, make_network, make_state
+from ray_pipeline.training.loss import TrainingLoss
+from ray_pipeline.training.setup import PhaseRun, Start
+from ray_pipeline.training.step import MicroBatch, micro_batches
 
 
 def encode(config: Config) -> None:

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from ray_encoding.config import parse_config
-from ray_encoding.data.hint_preview import preview, with_hints
-from ray_encoding.data.hint_registry import known_hints, make_hint, resolve_hints
-from ray_encoding.data.listing import list_tiles
-from ray_encoding.data.tiles import read_tile
-from ray_encoding.errors import UserError
-from ray_encoding.sections import CONDITION_TYPES
 
 from ray_pipeline import encoding
+from ray_pipeline.config import parse_config
+from ray_pipeline.data.hint_preview import preview, with_hints
+from ray_pipeline.data.hint_registry import known_hints, make_hint, resolve_hints
+from ray_pipeline.data.listing import list_tiles
+from ray_pipeline.data.tiles import read_tile
+from ray_pipeline.errors import UserError
+from ray_pipeline.sections import CONDITION_TYPES
 
 
 @pytest.fixture
