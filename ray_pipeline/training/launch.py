@@ -202,12 +202,12 @@ class Attendance:
 
     def _abort(self) -> None:
         """End Train's controller, and with it the workers."""
+        # before it has told the board of itself, and while it waits for a place, it answers nobody, but asks the board
+        self.board.stop.remote("the run ends")
         controller = self.news.controller
         if controller is None:
             return
-        # killed, it would leave its workers' place taken until the driver ends; while it waits for one, it is the
-        # board that it asks
-        self.board.stop.remote("the run ends")
+        # killed, it would leave its workers' place taken until the driver ends
         ray.wait([controller.abort.remote()], timeout=_ABORT_SECONDS)
         ray.kill(controller)
 

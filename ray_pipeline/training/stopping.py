@@ -87,8 +87,8 @@ class ControllerReports(ControllerCallback, WorkerGroupCallback):
         if type(previous_state) is type(current_state):
             return
         name = type(current_state).__name__
-        without_place = ("InitializingState", "ReschedulingState", "RestartingState")
-        self.board.running.remote(name not in (*without_place, "SchedulingState", "ResizingState"))
+        without_place = ("InitializingState", "SchedulingState", "ReschedulingState", "RestartingState")
+        self.board.running.remote(name not in (*without_place, "ResizingState"))
         if name in without_place:
             with suppress(RayActorError):  # without its driver nobody asks
                 reason = ray.get(self.board.asked.remote())
