@@ -48,7 +48,7 @@ def search(config: Config, latents: str, init: str | None, say: Callable[[str], 
     """
     folder = sweep_folder(config.output_dir)
     winner = read_winner(config.output_dir)
-    name = config.phases[served_phase(config)].name
+    name, adopted = config.phases[served_phase(config)].name, False
     if winner is None:
         begun = CheckpointStore(config.checkpoint_store).names(name)
         if begun:
@@ -62,7 +62,7 @@ def search(config: Config, latents: str, init: str | None, say: Callable[[str], 
         write_results(config, record, candidates)
         winner = choose(config, record, candidates)
         if continues(config):  # the winner's overrides name what it has learnt, so that comes first
-            adopt(with_winner(config, record, winner), record.trials[winner.trial], winner)
+            adopted = adopt(with_winner(config, record, winner), record.trials[winner.trial], winner)
         winner.save(folder)
         for line in table(config, record, candidates):
             say(line)
@@ -75,7 +75,7 @@ def search(config: Config, latents: str, init: str | None, say: Callable[[str], 
     now = with_winner(config, record, winner)
     alone = now.model_copy(update={"sweep": now.sweep.model_copy(update={"enabled": False})})
     replace_file(folder / "winner.yaml", alone.to_yaml().encode())
-    if adopt(now, record.trials[winner.trial], winner):
+    if adopt(now, record.trials[winner.trial], winner) or adopted:
         verb = "begins" if continues(config) else "resumes"
         say(f"sweep     {name} {verb} from {winner.checkpoint} (step {winner.step}, position {winner.position})")
     if not config.sweep.keep_trials:

@@ -189,7 +189,7 @@ def test_a_bad_trial_is_given_up_early_one_that_fails_does_not_sink_the_sweep_an
     assert "is finished" in capsys.readouterr().out
 
 
-def test_trials_may_continue_the_first_phase_and_the_next_begins_from_the_best(plain, config):
+def test_trials_may_continue_the_first_phase_and_the_next_begins_from_the_best(plain, config, capsys):
     out = config.parent / "continued"
     before_phase_two(plain, out)
     settings = {
@@ -198,6 +198,7 @@ def test_trials_may_continue_the_first_phase_and_the_next_begins_from_the_best(p
     }  # fmt: skip
     assert main(["sweep", *words(config, out, **settings)]) == 0
     winner, first = read_winner(out), CheckpointStore(out / "checkpoints").latest("phase1_unconditional")
+    assert f"phase2_conditional begins from {winner.checkpoint}" in capsys.readouterr().out
     assert winner.overrides["phases.1.init"] == winner.checkpoint
     best = open_checkpoint(winner.checkpoint)
     assert best.state["weights"]["ema"] == winner.track
