@@ -33,17 +33,19 @@ bench: $(STAMP)  ## full-size figures; needs 16 GB of free memory and nothing el
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/restart.py
+	$(BIN)/python benchmarks/monitoring.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/choices.py noise-embedding
 	$(BIN)/python benchmarks/choices.py hint-control
 	$(BIN)/python benchmarks/choices.py noisy-hints
 
-drill: $(STAMP)  ## kill -9 of the encode job and of training at random moments, nodes that come and go; half an hour
+drill: $(STAMP)  ## kill -9 of the encode job and of training at random moments, nodes that come and go, sweeps, the report in a browser; an hour
 	$(BIN)/python benchmarks/drill_encode.py --kills 10
 	$(BIN)/python benchmarks/drill_training.py
 	$(BIN)/python benchmarks/drill_elastic.py
 	$(BIN)/python benchmarks/drill_sweep.py
+	$(BIN)/python benchmarks/drill_report.py
 
 clean-demo:
 	rm -rf demo_output

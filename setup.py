@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ray_pipeline", "ray_pipeline.*"]),
-    package_data={"ray_pipeline.models": ["embedded_autoencoder/*"]},
+    package_data={"ray_pipeline.models": ["embedded_autoencoder/*"], "ray_pipeline.monitoring": ["*.j2"]},
     install_requires=[
         "torch>=2.7",
         "torchvision",  # timm needs it
@@ -36,21 +36,25 @@ setup(
         "matplotlib>=3.8",
         "safetensors>=0.4.3",
         "huggingface-hub>=0.23",
+        "psutil>=5.9",
+        "jinja2>=3.1",
     ],
     extras_require={
         "zarr": ["zarr>=3"],  # OME-Zarr folders
         "optuna": ["optuna>=4"],  # sweep.search
+        "wandb": ["wandb>=0.18"],  # monitoring.wandb
         "depth": ["transformers>=4.45"],  # data.hints.depth.model
         "dev": [
             "pytest>=8",
             "ruff>=0.6",
-            "psutil>=5.9",
             "moto[s3]>=5",
             "flask>=3",
             "flask-cors>=4",
             "zarr>=3",
             "transformers>=4.45",
             "optuna>=4",
+            "wandb>=0.18",
+            "tensorboard>=2.17",  # its reader of event files
             "setuptools>=68",  # the tests install an example package
         ],
         "bench": ["streaming-community>=0.12"],  # MosaicML Streaming's maintained fork, to compare with

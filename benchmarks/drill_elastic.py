@@ -23,7 +23,7 @@ from run_proof import unplanned_samples, world_sizes
 from small_run import PHASES, SmallRun, prepare
 
 from ray_pipeline.data.plan import SamplePlan
-from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.monitoring.metrics_file import read_events
 
 GLOBAL_BATCH = 8
 TOLERANCE = 1e-3

@@ -65,14 +65,19 @@ def _parser() -> argparse.ArgumentParser:
         help="with --resume: let this key, or all of a section (optimizer, phases.1), differ from the run's config",
     )  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="print steps, memory, disk and time; write nothing")
-    train.add_argument("--verbose", action="store_true", help="show what Ray's workers print")
+    train.add_argument("--profile", action="store_true", help="write a torch profiler trace of a few steps a phase")
+    _add_loudness(train)
     sweep = _add(commands, "sweep", _sweep, "search between the phases alone; train --resume goes on from its winner")
     add_config(sweep)
     sweep.add_argument("--resume", action="store_true", help="go on where the sweep in output_dir stopped")
-    sweep.add_argument("--verbose", action="store_true", help="show what Ray's workers print")
+    _add_loudness(sweep)
     add_inference_commands(partial(_add, commands))
     status = _add(commands, "status", _status, "print where a run stands", "ray-pipeline status demo_output/run")
     status.add_argument("run", type=Path, help="the run's output_dir")
+    status.add_argument(
+        "--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS",
+        help="print it anew every so many seconds (5) until the run has ended or Ctrl-C",
+    )  # fmt: skip
     check = _add(commands, "check", _check, "verify the set-up: packages, device, autoencoder, Ray, a tiny step")
     add_config(check)
     return parser
@@ -89,6 +94,22 @@ def _add(commands, name: str, run: Callable, words: str, example: str | None = N
     )
     parser.set_defaults(job=run)
     return parser
+
+
+def _add_loudness(command: argparse.ArgumentParser) -> None:
+    loudness = command.add_mutually_exclusive_group()
+    loudness.add_argument("--quiet", action="store_true", help="print warnings, errors and nothing else")
+    loudness.add_argument("--verbose", action="store_true", help="show what Ray's workers print")
+
+
+def _sayer(arguments) -> Callable[[str], None]:
+    """What prints a job's words; with --quiet nothing does, nor a line of progress."""
+    if arguments.quiet:
+        from ray_pipeline.monitoring.progress import silence
+
+        silence()
+        return lambda words: None
+    return lambda words: print(ascii_text(words), flush=True)
 
 
 def _encode(arguments) -> None:
@@ -137,15 +158,18 @@ def _train(arguments) -> None:
         resume=arguments.resume,
         allow_changes=arguments.allow_change,
         verbose=arguments.verbose,
-        say=lambda words: print(ascii_text(words), flush=True),
+        profile=arguments.profile,
+        say=_sayer(arguments),
     )
-    if run_dir is None:
+    if run_dir is None or arguments.quiet:
         return
     print(ascii_text(describe_run(run_dir)))
     print()
     print(f"pictures  {run_dir / 'samples'}")
     print(f"          {run_dir / 'plots'}")
     print(f"weights   {ascii_text(config.checkpoint.store or str(run_dir / 'checkpoints'))}")
+    if config.monitoring.report:
+        print(f"report    {run_dir / 'report.html'}")
     print(f"records   tensorboard --logdir {run_dir / 'logs' / 'tensorboard'}")
 
 
@@ -156,8 +180,10 @@ def _sweep(arguments) -> None:
         _load(arguments),
         resume=arguments.resume,
         verbose=arguments.verbose,
-        say=lambda words: print(ascii_text(words), flush=True),
+        say=_sayer(arguments),
     )
+    if arguments.quiet:
+        return
     print(f"results   {folder / 'results.csv'}")
     print(f"          {folder / 'sweep.png'}")
     print(f"winner    {folder / 'winner.json'}")
@@ -165,9 +191,21 @@ def _sweep(arguments) -> None:
 
 
 def _status(arguments) -> None:
-    from ray_pipeline.status import describe_run
+    from ray_pipeline.status import describe_run, watch_run
 
-    print(ascii_text(describe_run(arguments.run)))
+    if arguments.watch is None:
+        print(ascii_text(describe_run(arguments.run)))
+        return
+    for text in watch_run(arguments.run, arguments.watch):
+        clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else ""
+        print(f"{clear}{ascii_text(text)}", end="\n" if clear else "\n\n", flush=True)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} seconds, expected 0.1 to 86400")
+    return value
 
 
 def _check(arguments) -> int:

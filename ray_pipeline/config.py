@@ -224,7 +224,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 def _keys_at(location: Sequence[str | int], model: type[BaseModel]) -> list[str]:
     """Known keys of the section at `location` of `model`."""
     for part in location:
-        if isinstance(part, int):
+        if part not in model.model_fields:  # an item of a list, or a key of a mapping to this model
             continue
         annotation = model.model_fields[part].annotation
         sections = [t for t in flatten(annotation) if isinstance(t, type) and issubclass(t, BaseModel)]

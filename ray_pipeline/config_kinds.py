@@ -56,6 +56,8 @@ JUDGED = (
             "monitoring.log_every_n_steps", "monitoring.val_check_interval", "monitoring.val_averages",
             "monitoring.plot_loss", "monitoring.plot_lr", "monitoring.plot_samples", "monitoring.sample_every_n_epochs",
             "monitoring.num_samples", "monitoring.sample_steps", "monitoring.tensorboard", "monitoring.log_samples",
+            "monitoring.ray_metrics", "monitoring.wandb", "monitoring.wandb_project", "monitoring.sinks",
+            "monitoring.report", "monitoring.nearest_tiles",
         ),
     ),
     Rule(

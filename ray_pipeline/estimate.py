@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ray_pipeline.storage import is_uri
 from ray_pipeline.sweep_records import read_winner
 from ray_pipeline.sweep_space import continues, count, decays, phase_index
 from ray_pipeline.training.build import make_network, precision
+from ray_pipeline.training.device_peak import matmul_rate
 
 #: share of the measured matrix-multiply rate that a whole training step is assumed to reach
 ASSUMED_EFFICIENCY = 0.5
@@ -207,20 +207,6 @@ def _existing(folder: str | Path) -> Path:
     while not os.path.exists(place):
         place = place.parent
     return place
-
-
-def matmul_rate(device: torch.device, kind: str) -> float:
-    """Floating-point operations a second of a square matrix product on this device, measured for 0.5 s."""
-    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    # large enough on a GPU that waiting for it weighs nothing
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
-    (a @ a).sum().item()
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < 0.5:
-        (a @ a).sum().item()
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - started)
 
 
 def report(config: Config, job: EncodeJob, tiles: dict[str, int], samples: list[int], stored: bool) -> str:

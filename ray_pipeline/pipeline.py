@@ -15,9 +15,13 @@ from ray_pipeline.data.mixture import make_mixture, validation_rows
 from ray_pipeline.encoding import Prepared, encode, has_data, look, prepare_data
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
+from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.environment import environment
+from ray_pipeline.monitoring.sinks import chosen_sinks
 from ray_pipeline.ray_session import ray_session
 from ray_pipeline.resume import open_run
 from ray_pipeline.retention import best_of
+from ray_pipeline.run_state import mend_state
 from ray_pipeline.storage import Folder
 from ray_pipeline.sweep_records import read_sweep, read_winner, sweep_folder
 from ray_pipeline.sweep_space import check_space, continues, decays, phase_index
@@ -33,19 +37,22 @@ def train(
     resume: bool = False,
     allow_changes: Sequence[str] = (),
     verbose: bool = False,
+    profile: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path | None:
     """Do all that is missing, then every phase; returns the run directory, None when all was done already.
 
-    allow_changes: keys or sections in which a resume may differ from the run; `say` gets each difference.
+    allow_changes: keys or sections in which a resume may differ from the run; `say` gets each difference. profile:
+    write a trace of a few steps of each phase.
     UserError: a run is there already and `resume` is False, or it cannot go on with this config.
     """
     config = _absolute(config)
     estimate.check_writable(config.output_dir, "output_dir")
     estimate.check_writable(config.checkpoint_store, "checkpoint.store")
+    chosen_sinks(config.monitoring)
     if config.sweep.enabled:
         check_space(config)
-    config = found_config(config, say)
+    config = found_config(config, say, allow_changes)
     start = open_run(config, resume=resume, allow=allow_changes)
     for line in start.describe_changes():
         say(f"changed   {line}")
@@ -59,6 +66,7 @@ def train(
     samples = check_phases(config, prepared)
     check_room(config, samples)
     start.accept(prepared.fingerprint.store)
+    note_plan(config, samples)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
         if config.sweep.enabled and read_winner(config.output_dir) is None:
@@ -79,6 +87,8 @@ def train(
                 phase=index,
                 latents=prepared.job.store,
                 init=initial_weights(config, index),
+                sample_flops=estimate.sample_flops(config, phase),
+                profile=profile,
             )
             run_phase(config, job)
             confirm(config, index, say)
@@ -90,12 +100,16 @@ def sweep(config: Config, *, resume: bool = False, verbose: bool = False, say: C
     folder of the sweep. UserError: there is no such run, or its phases before are not finished."""
     config = _absolute(config)
     config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"enabled": True})})
+    if not Path(config.output_dir).is_dir():
+        raise UserError(
+            f"there is no run in {config.output_dir}; `ray-pipeline train` trains the phases before a sweep"
+        )
     check_space(config)
     winner = read_winner(config.output_dir)
     if winner is None and read_sweep(config.output_dir) is not None and not resume:
         raise UserError(f"{sweep_folder(config.output_dir)} holds a sweep already; go on with --resume")
     if winner is not None:
-        say(f"the sweep of {config.output_dir} is finished; take {sweep_folder(config.output_dir)} away to search anew")
+        say(f"the sweep of {config.output_dir} is finished; another output_dir begins anew")
     config = found_config(config, say)
     start = open_run(config, resume=True)
     state = start.state()
@@ -130,6 +144,22 @@ def check_phases(config: Config, prepared: Prepared) -> list[int]:
         validation_rows(phase, prepared.listing.datasets["val"], f"{config.data.root} (val)")
         samples.append(mixture.plan.num_samples)
     return samples
+
+
+def note_plan(config: Config, samples: list[int]) -> None:
+    """Write down what is to come, in phase_state.json: the time left for all phases follows from it.
+
+    samples: of an epoch of each phase.
+    """
+    state = mend_state(config)
+    for phase, count in zip(config.phases, samples, strict=True):
+        progress = state.phase(phase.name)
+        progress.sample_flops = estimate.sample_flops(config, phase)
+        if progress.status == "pending":
+            progress.steps = estimate.estimate_phase(config, phase, count).steps
+            progress.epochs = phase.epochs
+    state.run["environment"] = environment()
+    state.save(Path(config.output_dir, phase_state.FILE))
 
 
 def check_room(config: Config, samples: list[int]) -> None:

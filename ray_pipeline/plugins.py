@@ -1,4 +1,4 @@
-"""What other installed packages add, by entry points: hints and data sources.
+"""What other installed packages add, by entry points: hints, data sources and sinks of events.
 
 The names come from the packages' metadata; their code is imported when it is used, in Ray's workers too, where nothing
 that a driver registered would ever arrive.
@@ -15,6 +15,8 @@ from ray_pipeline.errors import UserError
 HINTS = "ray_pipeline.hints"
 #: functions root -> Collection, see ray_pipeline.data.sources.collection
 SOURCES = "ray_pipeline.sources"
+#: functions SinkContext -> sink, see ray_pipeline.monitoring.sinks
+SINKS = "ray_pipeline.sinks"
 
 
 def plugin_names(group: str) -> tuple[str, ...]:

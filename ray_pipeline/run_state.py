@@ -13,7 +13,7 @@ from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import Config, load_config, parse_config
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.phase_state import HistoryEntry, PhaseProgress, PhaseState
 from ray_pipeline.retention import best_of
 

@@ -219,7 +219,10 @@ class TrainConfig(Section):
 
 
 class MonitoringConfig(Section):
-    """What is recorded and how often; the unit of intervals is the optimizer step."""
+    """What is recorded and how often; the unit of intervals is the optimizer step.
+
+    nearest_tiles: beside each unconditional sample its nearest training tile is shown, of so many at most; 0: none.
+    """
 
     log_every_n_steps: Positive = 10
     val_check_interval: Positive = 100
@@ -233,6 +236,12 @@ class MonitoringConfig(Section):
     num_samples: Positive = 16
     sample_steps: Annotated[int, Field(ge=2)] = 20
     tensorboard: bool = True
+    ray_metrics: bool = True  # gauges for Prometheus, served by every node of the Ray
+    wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases
+    wandb_project: str = "ray-pipeline"
+    sinks: tuple[str, ...] = ()  # of other packages, by their entry points ray_pipeline.sinks
+    report: bool = True  # report.html, made anew while the run goes on
+    nearest_tiles: Annotated[int, Field(ge=0)] = 20_000  # training tiles searched for the nearest to each sample
     log_samples: bool = False  # which samples each rank took at each step, in logs/samples/<phase>/
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.events import read_events
-from ray_pipeline.monitoring.progress import format_seconds
-from ray_pipeline.run_state import read_run
+from ray_pipeline.monitoring.events import STEP_PARTS
+from ray_pipeline.monitoring.metrics_file import read_events
+from ray_pipeline.monitoring.pace import time_left
+from ray_pipeline.monitoring.progress import format_bytes, format_seconds
+from ray_pipeline.run_state import Run, read_run
 from ray_pipeline.sweep_records import read_sweep, read_winner
 
 
@@ -25,7 +30,7 @@ def describe_run(run_dir: str | Path) -> str:
             lines.append(f"  step {progress.step}/{progress.steps} ({percent}%), epoch {progress.epoch}/{phase.epochs}")
         lines += _losses(progress)
         if progress.status == "running":
-            lines += _pace(run_dir, phase.name, progress, config.train.global_batch)
+            lines += _pace(run, run_dir)
         if progress.best:
             lines.append(f"  best {progress.best.checkpoint}, validation loss {progress.best.val_loss:.4f}")
         if progress.last:
@@ -35,6 +40,18 @@ def describe_run(run_dir: str | Path) -> str:
         lines += ["", "latest events"]
         lines += [f"  {entry.time}  {entry.message}" for entry in state.history[-5:]]
     return "\n".join(lines)
+
+
+def watch_run(run_dir: str | Path, seconds: float) -> Iterator[str]:
+    """`describe_run` every so many seconds, until no phase or sweep can go on by itself: all are finished, or the run
+    was stopped."""
+    while True:
+        yield describe_run(run_dir)
+        run = read_run(Path(run_dir))
+        found = [run.state.phases.get(phase.name, phase_state.PhaseProgress()) for phase in run.config.phases]
+        if all(progress.status == "finished" for progress in found) or any(p.status == "stopped" for p in found):
+            return
+        time.sleep(seconds)
 
 
 def _sweep(run_dir: Path) -> list[str]:
@@ -76,10 +93,22 @@ def _losses(progress: phase_state.PhaseProgress) -> list[str]:
     return lines
 
 
-def _pace(run_dir: Path, phase: str, progress: phase_state.PhaseProgress, global_batch: int) -> list[str]:
-    steps = read_events(run_dir, phase=phase, event="step")
+def _pace(run: Run, run_dir: Path) -> list[str]:
+    """Throughput, where a step's time goes, and the time left; nothing before the first record."""
+    records = read_events(run_dir)
+    steps = [record for record in records if record["event"] == "step" and record["phase"] == run.state.current_phase]
     if not steps:
         return []
-    rate = steps[-1]["samples_per_second"]
-    left = (progress.steps - progress.step) * global_batch / rate
-    return [f"  {rate:.3g} samples/s, {format_seconds(left)} left in this phase; last record {steps[-1]['time']}"]
+    last, left = steps[-1], time_left(run.state, records, [phase.name for phase in run.config.phases])
+    lines = [
+        f"  {last['samples_per_second']:.3g} samples/s, {format_seconds(left.phase)} left in this phase, "
+        f"{format_seconds(left.run)} in all; last record {last['time']}"
+    ]
+    parts = {name: last.get(f"{key}_seconds", math.nan) for name, key in STEP_PARTS.items()}
+    if math.isfinite(last.get("step_seconds", math.nan)):
+        shares = ", ".join(f"{name} {100 * part / last['step_seconds']:.0f}%" for name, part in parts.items())
+        lines.append(
+            f"  a step takes {format_seconds(last['step_seconds'])}: {shares}; model FLOP utilisation "
+            f"{100 * last['utilisation']:.0f}%, memory {format_bytes(last['memory_bytes'])}"
+        )
+    return lines

@@ -92,7 +92,8 @@ class Candidate(_Record):
 class Winner(_Record):
     """What the sweep found. overrides: of the config of what follows; track: the average that was best there;
     checkpoint: path or URI; runner_up: the next best; ties: all that do not differ from it by more than the paired
-    standard error. confirmed: validation losses of all averages at the end of the phase that went on from it."""
+    standard error. overruled: keys of the overrides that a resume took back. confirmed: validation losses of all
+    averages at the end of the phase that went on from it."""
 
     version: Literal[1] = 1
     trial: int
@@ -107,6 +108,7 @@ class Winner(_Record):
     standard_error: float
     runner_up: Candidate | None = None
     ties: list[Candidate] = Field(default_factory=list)
+    overruled: list[str] = Field(default_factory=list)
     confirmed: dict[str, float] | None = None
 
     @property
@@ -145,6 +147,6 @@ def _read(path: Path, model: type[BaseModel]):
         return None
     except (OSError, ValidationError) as error:
         raise UserError(
-            f"{path} is damaged or of another version ({' '.join(str(error).split())[:200]}); take the folder "
-            f"{path.parent} away to search anew"
+            f"{path} is damaged or of another version ({' '.join(str(error).split())[:200]}); bring it "
+            "back from a copy, or begin anew in another output_dir"
         ) from None

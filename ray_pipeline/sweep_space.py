@@ -36,6 +36,7 @@ _FIXED = {
     "it belongs to a phase that the trials do not train": ("phases",),
 }  # fmt: skip
 _MANY = 100_000
+_MISSING = object()
 _STREAM = 0x5EE9  # of random numbers that are the sweep's own
 
 
@@ -154,14 +155,21 @@ def _draw(seed: int, number: int, dimensions: Mapping[str, Dimension]) -> Point:
 
 
 def with_winner(config: Config, record: SweepRecord, winner: Winner) -> Config:
-    """The config with what the winner sets; a key that was changed since the sweep began keeps its value."""
+    """The config with what the winner sets; a key that was changed since the sweep began, or overruled, keeps its
+    value."""
     began, now = record.base, config.dump()
-    unchanged = {key: value for key, value in winner.overrides.items() if _at(now, key) == _at(began, key)}
+    unchanged = {
+        key: value
+        for key, value in winner.overrides.items()
+        if key not in winner.overruled and _at(now, key) == _at(began, key)
+    }
     return with_values(config, unchanged, "the sweep's winner")
 
 
 def _at(tree: Any, key: str) -> Any:
     for part in key.split("."):
+        if isinstance(tree, list) and int(part) >= len(tree):
+            return _MISSING  # a phase was taken away
         tree = tree[int(part) if isinstance(tree, list) else part]
     return tree
 

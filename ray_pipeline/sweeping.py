@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import Config
+from ray_pipeline.config_changes import differences
 from ray_pipeline.errors import UserError
+from ray_pipeline.estimate import sample_flops
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.run_state import mend_state
 from ray_pipeline.storage import replace_file
@@ -19,11 +21,23 @@ from ray_pipeline.training.sweep_winner import adopt, choose, compare, discard_t
 from ray_pipeline.training.trial import SweepJob, searched_averages
 
 
-def found_config(config: Config, say: Callable[[str], None] = print) -> Config:
-    """The config with what the winner of the run's sweep sets, where there is one."""
+def found_config(config: Config, say: Callable[[str], None] = print, allow_changes: Sequence[str] = ()) -> Config:
+    """The config with what the winner of the run's sweep sets, where there is one, but for the keys in `allow_changes`,
+    now and from now on."""
     winner = read_winner(config.output_dir)
     if winner is None:
         return config
+    overruled = [key for key in winner.overrides if key in allow_changes and key not in winner.overruled]
+    if overruled:
+        winner.overruled += overruled
+        winner.save(sweep_folder(config.output_dir))
+    settings = [
+        str(found)
+        for found in differences(Config.model_validate(_record(config).base), config)
+        if found.key.startswith("sweep.") and found.key not in ("sweep.enabled", "sweep.keep_trials")
+    ]
+    if settings:
+        say(f"sweep     it is finished, so this changes nothing: {'; '.join(settings)}")
     say(f"sweep     {winner.in_words} (trial {winner.trial}, {sweep_folder(config.output_dir) / 'winner.json'})")
     return with_winner(config, _record(config), winner)
 
@@ -32,7 +46,7 @@ def _record(config: Config) -> SweepRecord:
     record = read_sweep(config.output_dir)
     if record is None:
         folder = sweep_folder(config.output_dir)
-        raise UserError(f"{folder / 'sweep.json'} is gone, and winner.json is not; bring it back, or take both away")
+        raise UserError(f"{folder / 'sweep.json'} is gone, and winner.json is not; bring it back from a copy")
     return record
 
 
@@ -84,13 +98,14 @@ def search(config: Config, latents: str, init: str | None, say: Callable[[str], 
 
 
 def _sweep_job(config: Config, latents: str, init: str | None) -> SweepJob:
-    if init is not None:
-        return SweepJob(config.dump(), latents, init, epochs_before=0)
     phase, store = config.phases[phase_index(config)], CheckpointStore(config.checkpoint_store)
+    flops = sample_flops(config, phase)
+    if init is not None:
+        return SweepJob(config.dump(), latents, init, epochs_before=0, sample_flops=flops)
     last = store.latest(phase.name)
     if last is None:
         raise UserError(f"{store.root} holds no whole checkpoint of {phase.name} to continue from; train it first")
-    return SweepJob(config.dump(), latents, last.folder, epochs_before=phase.epochs)
+    return SweepJob(config.dump(), latents, last.folder, epochs_before=phase.epochs, sample_flops=flops)
 
 
 def confirm(config: Config, index: int, say: Callable[[str], None]) -> None:
@@ -101,12 +116,13 @@ def confirm(config: Config, index: int, say: Callable[[str], None]) -> None:
     metrics = mend_state(config).phase(config.phases[index].name).metrics
     found = {key.removeprefix("val_loss/"): loss for key, loss in metrics.items() if key.startswith("val_loss/")}
     searched = {name: found[name] for name in searched_averages(config) if name in found}
-    if not searched:
+    if len(searched) < 2:  # one alone has nothing to be compared with
         return
     winner.confirmed = found
     winner.save(sweep_folder(config.output_dir))
     best = min(searched, key=lambda name: (not math.isfinite(searched[name]), searched[name]))
-    words = f"{winner.track} is confirmed: it is the best at the end of {config.phases[index].name}, too"
+    words = f"{winner.track} is confirmed: of the decays searched, it is the best at the end of "
+    words += f"{config.phases[index].name}, too"
     if best != winner.track and winner.track in searched:
         words = (
             f"{winner.track} won the sweep, but {best} is better at the end of {config.phases[index].name}: "

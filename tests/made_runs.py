@@ -28,14 +28,15 @@ class MadeRun:
         import torch
 
         from ray_pipeline.monitoring import phase_state
-        from ray_pipeline.monitoring.events import CheckpointEvent, EventLog, PhaseEvent
+        from ray_pipeline.monitoring.event_log import EventLog
+        from ray_pipeline.monitoring.events import CheckpointEvent, PhaseEvent
 
         state = phase_state.load(self.state_file)
         progress, epochs = state.phase(phase), {p.name: p.epochs for p in self.config.phases}[phase]
         progress.status, progress.attempt, progress.steps, progress.epochs = "running", 1, 3 * epochs, epochs
         progress.baseline_val_loss, state.current_phase = 1.0, phase
         state.run["latents"] = "f" * 64
-        with EventLog(self.folder, phase, tensorboard=False) as events:
+        with EventLog(self.folder, phase) as events:
 
             def tell(status: str, step: int) -> None:
                 events.emit(PhaseEvent(phase, status, step, f"{status} at step {step}"))

@@ -164,6 +164,10 @@ def test_a_winner_sets_its_values_but_for_those_that_were_changed_after_the_swee
     assert with_winner(first, record, winner) == first
     changed = with_winner(with_values(config, {"model.dropout": 0.3}, "a person"), record, winner)
     assert (changed.model.dropout, changed.phases[1].lr) == (0.3, 2e-4)
+    taken_back = winner.model_copy(update={"overruled": ["model.dropout"]})
+    assert with_winner(config, record, taken_back).model.dropout == config.model.dropout
+    shorter = config.model_copy(update={"phases": config.phases[:1]})
+    assert with_winner(shorter, record, winner).model.dropout == 0.1
 
 
 def test_weights_given_to_a_phase_that_the_best_trial_begins_are_refused():
@@ -183,3 +187,8 @@ def test_trials_that_end_before_averages_begin_are_warned_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipeline.check_room(config, [config.train.global_batch * 11] * 2)
+
+
+def test_a_misspelt_word_of_a_space_is_named():
+    with pytest.raises(UserError, match=r"unknown key sweep.space.model.dropout.chioce; .*\.choice"):
+        config_of({"model.dropout": {"chioce": [0.1]}})

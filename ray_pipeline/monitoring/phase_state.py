@@ -1,5 +1,7 @@
 """Where a run stands: `phase_state.json`, replaced as a whole so that a reader never sees half of it."""
 
+import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -36,7 +38,8 @@ class BestCheckpoint(_Record):
 
 
 class PhaseProgress(_Record):
-    """One phase: `step` of `steps` optimizer steps, `position` in samples, `epoch` of `epochs` (from 1)."""
+    """One phase: `step` of `steps` optimizer steps, `position` in samples, `epoch` of `epochs` (from 1); sample_flops:
+    floating-point operations of one trained sample."""
 
     status: Literal["pending", "running", "stopped", "finished"] = "pending"
     step: int = 0
@@ -44,6 +47,7 @@ class PhaseProgress(_Record):
     epoch: int = 0
     steps: int | None = None
     epochs: int | None = None
+    sample_flops: float | None = None
     attempt: int = 0
     best: BestCheckpoint | None = None
     last: str | None = None
@@ -79,6 +83,17 @@ class PhaseState(_Record):
     def phase(self, name: str) -> PhaseProgress:
         """The record of phase `name`, made as pending when there is none; change it in place, then save."""
         return self.phases.setdefault(name, PhaseProgress())
+
+    def later_steps(self, current: str, order: Sequence[str]) -> float:
+        """Steps of the phases that follow `current`, counted in its own: those of a network that has more to compute
+        for a sample are so many times as long; nan where that is not known."""
+        own, total = self.phases.get(current, PhaseProgress()), 0.0
+        for name in order[order.index(current) + 1 :]:
+            later = self.phases.get(name, PhaseProgress())
+            if not (later.steps and later.sample_flops and own.sample_flops):
+                return math.nan
+            total += (later.steps - later.step) * later.sample_flops / own.sample_flops
+        return total
 
     def record(self, event: str, message: str) -> None:
         """Append to the history, which keeps the newest HISTORY_LIMIT entries."""

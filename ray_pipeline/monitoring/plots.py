@@ -2,8 +2,10 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,10 @@ BLUE, ORANGE, GREEN, VIOLET, RED = "#2369bd", "#d9822b", "#2e8b57", "#8e5bb5", "
 TRACK_COLORS = (BLUE, ORANGE, GREEN, VIOLET, "#5d6d7e")
 # A line through so few points needs dots to be seen, and no smoothing.
 FEW = 30
+# A long run has 100,000 steps recorded: a table of what is not drawn would cost time.
+_STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "samples_per_second", "data_wait_seconds")
+# More are not seen apart in a panel.
+MOST_POINTS, MOST_MARKS = 1500, 400
 
 
 def plot_progress(
@@ -31,47 +37,22 @@ def plot_progress(
     plot_loss: bool = True,
     plot_lr: bool = True,
 ) -> None:
-    """Chart the records of one phase (`read_events(run_dir, phase)`) as a 1400 x 900 PNG at `path`.
+    """Chart the records of one phase (`read_events(run_dir, phase)`) as a 1400 x 900 PNG at `path`: its `panels`.
 
-    Panels: training loss, validation loss, validation loss by noise level, learning rate, gradient norm,
-    throughput; against the step, with epochs above. `baseline` is a validation loss to beat. Losses that are
-    not finite are marked in red, checkpoints by triangles, resumes by dashed lines. `plot_loss` and `plot_lr`
-    off leave out the three losses and the learning rate. The file is replaced atomically.
+    The file is replaced atomically.
     """
-    steps, validations = _table(records, "step"), _table(records, "validation")
-    checkpoints, phases = _table(records, "checkpoint"), _table(records, "phase")
-    resumes = phases.step[phases.status == "resumed"].tolist() if len(phases) else []
+    drawings = list(panels(records, baseline=baseline, plot_loss=plot_loss, plot_lr=plot_lr).values())
     figure = Figure(figsize=(14, 9), dpi=100, facecolor="white")
     # Fixed margins: a layout engine would draw everything twice, and panels would jump between updates.
     figure.subplots_adjust(left=0.046, right=0.956, bottom=0.06, top=0.858, wspace=0.16, hspace=0.3)
-    losses = [
-        lambda ax: _step_panel(ax, steps, "loss", "training loss", BLUE),
-        lambda ax: _validation_loss(ax, validations, baseline),
-        lambda ax: _loss_by_sigma(ax, validations),
-    ]
-    panels = losses if plot_loss else []
-    panels += [lambda ax: _learning_rate(ax, steps)] if plot_lr else []
-    panels += [lambda ax: _step_panel(ax, steps, "grad_norm", "gradient norm", ORANGE)]
-    panels += [lambda ax: _throughput(ax, steps)]
-    across = 3 if len(panels) > 4 else 2
-    grid = figure.subplots(2 if len(panels) > 2 else 1, across, squeeze=False)
-    axes = grid.ravel()[: len(panels)]
-    for ax in grid.ravel()[len(panels) :]:
+    across = 3 if len(drawings) > 4 else 2
+    axes = figure.subplots(2 if len(drawings) > 2 else 1, across, squeeze=False).ravel()
+    for ax in axes[len(drawings) :]:
         ax.set_visible(False)
-    for ax, panel in zip(axes, panels, strict=True):
-        panel(ax)
-
-    limits = _step_limits(records)
-    for ax in axes:
-        _finish(ax, limits, resumes)
-    for ax in grid[0][: len(panels)]:
-        _epoch_axis(ax, steps)
-    _explain_marks(axes[0], checkpoints, resumes)
-    for ax in axes:
-        if ax.get_legend() is None:
-            _legend(ax)
+    for number, draw in enumerate(drawings):
+        draw(axes[number], epochs=number < across)
     figure.text(0.012, 0.972, title, fontsize=17, fontweight="bold", color=INK, va="center")
-    figure.text(0.012, 0.938, _summary(steps, validations, checkpoints), fontsize=11, color=MUTED, va="center")
+    figure.text(0.012, 0.938, _summary(records), fontsize=11, color=MUTED, va="center")
     newest = max((record["time"][:19] for record in records), default="").replace("T", " ")
     if newest:
         figure.text(0.988, 0.972, f"{newest} UTC", fontsize=11, color=MUTED, va="center", ha="right")
@@ -80,8 +61,48 @@ def plot_progress(
     replace_file(path, buffer.getvalue())
 
 
+def panels(
+    records: Sequence[dict], *, baseline: float | None = None, plot_loss: bool = True, plot_lr: bool = True
+) -> dict[str, Callable[..., None]]:
+    """By name, what draws each panel of one phase on an axis, complete: draw(ax, epochs=True) has epochs above.
+
+    Against the step: training loss, validation loss, validation loss by noise level, learning rate, gradient norm,
+    throughput. `baseline` is a validation loss to beat. Losses that are not finite are marked in red, checkpoints by
+    triangles and faults by crosses in the first panel, resumes by dashed lines. `plot_loss` and `plot_lr` off leave out
+    the three losses and the learning rate.
+    """
+    steps, validations = _table(records, "step"), _table(records, "validation")
+    checkpoints, phases, faults = (_table(records, event) for event in ("checkpoint", "phase", "fault"))
+    resumes = phases.step[phases.status == "resumed"].tolist() if len(phases) else []
+    limits = _step_limits(records)
+    curves = {
+        "training loss": lambda ax: _step_panel(ax, steps, "loss", "training loss", BLUE),
+        "validation loss": lambda ax: _validation_loss(ax, validations, baseline),
+        "validation loss by noise level": lambda ax: _loss_by_sigma(ax, validations),
+    }
+    curves = curves if plot_loss else {}
+    if plot_lr:
+        curves["learning rate"] = lambda ax: _learning_rate(ax, steps)
+    curves["gradient norm"] = lambda ax: _step_panel(ax, steps, "grad_norm", "gradient norm", ORANGE)
+    curves["throughput and wait for data"] = lambda ax: _throughput(ax, steps)
+
+    def draw(name: str, ax: Axes, epochs: bool) -> None:
+        curves[name](ax)
+        _finish(ax, limits, resumes)
+        if epochs:
+            _epoch_axis(ax, steps)
+        if name == next(iter(curves)):
+            _explain_marks(ax, checkpoints, faults, resumes)
+        if ax.get_legend() is None:
+            _legend(ax)
+
+    return {name: partial(draw, name) for name in curves}
+
+
 def _table(records: Sequence[dict], event: str) -> pd.DataFrame:
-    return pd.DataFrame([record for record in records if record["event"] == event])
+    rows = [record for record in records if record["event"] == event]
+    names = _STEP_COLUMNS if rows and event == "step" else sorted(set().union(*rows))
+    return pd.DataFrame({name: [row.get(name) for row in rows] for name in names})
 
 
 def _step_limits(records: Sequence[dict]) -> tuple[float, float]:
@@ -91,16 +112,17 @@ def _step_limits(records: Sequence[dict]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _summary(steps: pd.DataFrame, validations: pd.DataFrame, checkpoints: pd.DataFrame) -> str:
+def _summary(records: Sequence[dict]) -> str:
+    newest = {record["event"]: record for record in records}
+    measured = [record for record in records if record["event"] == "validation" and math.isfinite(record["loss"])]
     parts = []
-    if len(steps):
-        last = steps.iloc[-1]
-        parts = [f"step {last.step:,}", f"epoch {last.epoch}", f"training loss {last.loss:.4g}"]
-    if len(validations) and np.isfinite(validations.loss).any():
-        best = validations.loc[validations.loss.idxmin()]
-        parts.append(f"best validation loss {best.loss:.4g} at step {best.step:,}")
-    if len(checkpoints):
-        parts.append(f"last checkpoint at step {checkpoints.step.iloc[-1]:,}")
+    if last := newest.get("step"):
+        parts = [f"step {last['step']:,}", f"epoch {last['epoch']}", f"training loss {last['loss']:.4g}"]
+    if measured:
+        best = min(measured, key=lambda record: record["loss"])
+        parts.append(f"best validation loss {best['loss']:.4g} at step {best['step']:,}")
+    if last := newest.get("checkpoint"):
+        parts.append(f"last checkpoint at step {last['step']:,}")
     return "   |   ".join(parts) or "no records yet"
 
 
@@ -111,15 +133,38 @@ def _curve(ax: Axes, step: pd.Series, value: pd.Series, color: str, label: str |
     if len(y) <= FEW:
         ax.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
     else:
-        ax.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
+        shown = _outline(y)
+        ax.plot(x.iloc[shown], y.iloc[shown], color=color, alpha=0.3, linewidth=0.8)
         smooth = y.ewm(span=len(y) / 25, min_periods=len(y) // 100).mean()
-        ax.plot(x, smooth, color=color, linewidth=1.9, label=label or "smoothed")
+        shown = _spread(len(y), MOST_POINTS)
+        ax.plot(x.iloc[shown], smooth.iloc[shown], color=color, linewidth=1.9, label=label or "smoothed")
     if not finite.all():
-        bottom = np.zeros(int((~finite).sum()))
-        ax.plot(
-            step[~finite], bottom, "|", color=RED, markersize=16, markeredgewidth=1.6, clip_on=False,
-            transform=ax.get_xaxis_transform(), label=f"not finite ({len(bottom)})", zorder=5,
-        )  # fmt: skip
+        lost = step[~finite]
+        _mark(
+            ax, lost, 0, "|", f"not finite ({len(lost)})", color=RED, markersize=16, markeredgewidth=1.6, clip_on=False
+        )
+
+
+def _outline(values: pd.Series) -> np.ndarray:
+    """Places of at most MOST_POINTS values whose line looks as that of all: the extremes of each stretch."""
+    if len(values) <= MOST_POINTS:
+        return np.arange(len(values))
+    stretches = np.array_split(values.to_numpy(), MOST_POINTS // 2)
+    begins = np.cumsum([0, *map(len, stretches[:-1])])
+    extremes = [[part.argmin(), part.argmax()] for part in stretches]
+    return np.unique(np.sort(begins[:, None] + extremes, axis=None))
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """Places of at most so many of `count`, evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def _mark(ax: Axes, steps: pd.Series, height: float, marker: str, label: str, **look: Any) -> None:
+    """Marks at steps, at a height from 0 to 1 in the panel; a picture shows no more than MOST_MARKS apart."""
+    steps = steps.iloc[_spread(len(steps), MOST_MARKS)]
+    heights = np.full(len(steps), height)
+    ax.plot(steps, heights, marker, transform=ax.get_xaxis_transform(), label=label, **{"zorder": 5, **look})
 
 
 def _step_panel(ax: Axes, steps: pd.DataFrame, column: str, title: str, color: str) -> None:
@@ -138,7 +183,8 @@ def _learning_rate(ax: Axes, steps: pd.DataFrame) -> None:
     power = math.floor(math.log10(highest)) if highest > 0 else 0
     ax.set_title(f"learning rate (x 1e{power})" if power else "learning rate")
     marker = "o" if len(steps) <= FEW else None
-    ax.plot(steps.step, steps.lr / 10.0**power, color=GREEN, linewidth=1.8, marker=marker, markersize=4)
+    shown = steps.iloc[_spread(len(steps), MOST_POINTS)]
+    ax.plot(shown.step, shown.lr / 10.0**power, color=GREEN, linewidth=1.8, marker=marker, markersize=4)
     ax.set_ylim(0, max(highest / 10.0**power, 1e-3) * 1.08)
 
 
@@ -149,6 +195,7 @@ def _validation_loss(ax: Axes, validations: pd.DataFrame, baseline: float | None
     groups = list(validations.groupby("ema", sort=False))
     for index, (ema, track) in enumerate(groups):
         color = TRACK_COLORS[index % len(TRACK_COLORS)]
+        track = track.iloc[_outline(track.loss)]
         marker = "o" if len(track) <= FEW else None
         ax.plot(track.step, track.loss, color=color, marker=marker, markersize=4, linewidth=1.6, label=ema)
         low, high = track.loss - track.standard_error, track.loss + track.standard_error
@@ -173,6 +220,7 @@ def _loss_by_sigma(ax: Axes, validations: pd.DataFrame) -> None:
     losses = validations.loss.where(np.isfinite(validations.loss))
     ema = validations.ema[losses.idxmin()] if losses.notna().any() else validations.ema.iloc[-1]
     track = validations[validations.ema == ema]
+    track = track.iloc[_spread(len(track), MOST_POINTS)]
     levels = sorted({sigma for row in track.loss_by_sigma for sigma in row}, key=_sigma_order)
     if not levels:
         return _say_empty(ax, "not measured")
@@ -266,12 +314,11 @@ def _epoch_axis(ax: Axes, steps: pd.DataFrame) -> None:
     above.spines[:].set_visible(False)
 
 
-def _explain_marks(ax: Axes, checkpoints: pd.DataFrame, resumes: Sequence[int]) -> None:
+def _explain_marks(ax: Axes, checkpoints: pd.DataFrame, faults: pd.DataFrame, resumes: Sequence[int]) -> None:
     if len(checkpoints):
-        ax.plot(
-            checkpoints.step, np.full(len(checkpoints), 0.02), "^", color=INK, markersize=6, alpha=0.75,
-            transform=ax.get_xaxis_transform(), label="checkpoint", zorder=4,
-        )  # fmt: skip
+        _mark(ax, checkpoints.step, 0.02, "^", "checkpoint", color=INK, markersize=6, alpha=0.75, zorder=4)
+    if len(faults):
+        _mark(ax, faults.step, 0.08, "x", f"fault ({len(faults)})", color=RED, markersize=7, markeredgewidth=2)
     if resumes:
         ax.plot([], [], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.1, label="resumed")
 

@@ -67,13 +67,23 @@ def _format_value(value: Any) -> str:
     return format_count(number) if abs(number) >= 1000 else f"{number:.2g}"
 
 
+_silenced = False
+
+
+def silence() -> None:
+    """No line of progress from this process any more, but to streams that are named."""
+    global _silenced
+    _silenced = True
+
+
 class Progress:
     """Progress of a job of `total` units (None: unknown), of which `start` were done before this process.
 
     On a terminal one line is rewritten; elsewhere (log files, Ray workers) plain lines are written, at most
     one in `min_seconds` (default 1 s on a terminal, 10 s elsewhere). The rate covers the last minute of this
-    process, never the resumed part; with `samples_per_unit` (a step's global batch) it is in samples. A stream
-    that fails is given up silently: progress never stops the work. `clock` gives seconds.
+    process, never the resumed part; with `samples_per_unit` (a step's global batch) it is in samples. With
+    `later_units` of other jobs that follow (nan: unknown) the time left for all is told, too. A stream that fails is
+    given up silently: progress never stops the work. `clock` gives seconds.
     """
 
     def __init__(
@@ -85,12 +95,15 @@ class Progress:
         min_seconds: float | None = None,
         start: int = 0,
         samples_per_unit: int | None = None,
+        later_units: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.total, self.label, self.unit = total, label, unit
-        self.samples_per_unit = samples_per_unit
+        self.samples_per_unit, self.later_units = samples_per_unit, later_units
         self.stream: TextIO | None = sys.stderr if stream is None else stream
         self.terminal = self.stream.isatty()
+        if stream is None and _silenced:
+            self.stream = None
         self.min_seconds = (1.0 if self.terminal else 10.0) if min_seconds is None else min_seconds
         self.clock = clock
         self.done = start
@@ -131,7 +144,10 @@ class Progress:
         if math.isfinite(rate):
             parts.append(f"{_three_digits(rate * per_unit)} {noun}s/s")
         if self.total is not None:
-            parts.append(f"left {format_seconds((self.total - self.done) / rate)}")
+            left = self.total - self.done
+            parts.append(f"left {format_seconds(left / rate)}")
+            if self.later_units:
+                parts.append(f"in all {format_seconds((left + self.later_units) / rate)}")
         return "  ".join(parts)
 
     def _head(self) -> list[str]:

@@ -47,11 +47,13 @@ def sample_grid(
     *,
     captions: Mapping[tuple[int, int], str] | None = None,
     title: str,
+    groups: int = 1,
 ) -> np.ndarray:
     """Draw tiles with their names as a PNG at `path` and return the picture (H, W, 3) uint8.
 
     `columns` are (heading, tiles (N, H, W) float in [-1, 1]), all of one shape. One column is laid out as a
-    square grid, row by row; several (hints, sample, target) stand side by side, tile n of each in row n.
+    square grid, row by row; several (hints, sample, target) stand side by side, tile n of each in row n; with
+    `groups` the rows are cut into so many parts that stand beside each other.
     `captions` maps (n, column) to a line under that tile. Each pixel is shown as a square of whole pixels:
     1:1, or magnified until tiles are at least 128 wide; values outside [-1, 1] are clipped, and pixels that
     are not finite are red. Raises ValueError on shapes that do not fit.
@@ -65,7 +67,8 @@ def sample_grid(
     fonts = {name: ImageFont.load_default(size) for name, size in (("title", 22), ("head", 17), ("note", 15))}
 
     square = math.ceil(math.sqrt(count)) if len(columns) == 1 else None
-    across, down = (square, math.ceil(count / square)) if square else (len(columns), count)
+    down = math.ceil(count / (square or groups))
+    across = square or len(columns) * math.ceil(count / down)
     texts = [fonts["note"].getlength(text) for text in captions.values()]
     texts += [] if square else [fonts["head"].getlength(name) for name, _ in columns]
     cell = math.ceil(max([width * scale, *texts]))
@@ -76,11 +79,12 @@ def sample_grid(
 
     labels = [((MARGIN, MARGIN - 4), title, fonts["title"], TEXT, "la")]
     for column, (name, tiles) in enumerate(columns):
-        left = MARGIN + (0 if square else column * (cell + GAP))
-        anchor = (left, header - 8, "ls") if square else (left + cell // 2, header - 8, "ms")
-        labels.append((anchor[:2], name, fonts["head"], FAINT_TEXT if square else TEXT, anchor[2]))
+        for first in range(column, across, len(columns)) if not square else [0]:
+            left = MARGIN + first * (cell + GAP)
+            anchor = (left, header - 8, "ls") if square else (left + cell // 2, header - 8, "ms")
+            labels.append((anchor[:2], name, fonts["head"], FAINT_TEXT if square else TEXT, anchor[2]))
         for n, tile in enumerate(tiles):
-            row, place = divmod(n, square) if square else (n, column)
+            row, place = divmod(n, square) if square else (n % down, n // down * len(columns) + column)
             x = MARGIN + place * (cell + GAP) + (cell - width * scale) // 2
             y = header + row * row_height
             canvas[y : y + height * scale, x : x + width * scale] = _gray_pixels(tile, scale)

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -22,10 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from ray_pipeline.config import Config
 from ray_pipeline.errors import RunStopped, UserError, find_user_error
-from ray_pipeline.json_lines import parse_line
-from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.events import metrics_path
-from ray_pipeline.monitoring.progress import Progress
+from ray_pipeline.monitoring.follow import Follower
 from ray_pipeline.training.board import News, open_board
 from ray_pipeline.training.entry import train_on_worker
 from ray_pipeline.training.placement import check_resources, placement_in_words, uses_gpu, worker_resources
@@ -57,7 +54,7 @@ _NEWS_SECONDS, _ABORT_SECONDS = 5.0, 30.0
 def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None, show: bool = True) -> None:
     """Run one phase to its end on the Ray that is running.
 
-    board: where others may ask it to stop, default its own; show: a line of progress.
+    board: where others may ask it to stop, default its own; show: a line of progress, and the run's report.
 
     SIGINT and SIGTERM ask the workers to commit and to return, a second one, or ray.stop_timeout_seconds, ends the run
     at once. Raises RunStopped then; UserError with a worker's own words for wrong input, or when workers find no place
@@ -68,8 +65,7 @@ def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None
     board = board or open_board()
     phase = config.phases[job.phase]
     committed = None
-    followed = _followed(Path(config.output_dir), phase.name, config.train.global_batch) if show else nullcontext()
-    with followed:
+    with Follower(config, phase.name, progress=show, report=show and config.monitoring.report):
         while True:
             attendance = Attendance(config, board)
             try:
@@ -216,66 +212,7 @@ class Attendance:
         if not orderly:
             how += " before the workers had committed"
         elif error is not None:
-            how += f" while the workers failed ({str(error).strip().splitlines()[-1]})"
+            how += f" ({str(error).strip().splitlines()[-1]})"
         committed = self.news.committed
         newest = f"the newest checkpoint is {committed[1]}, step {committed[0]}" if committed else "no new checkpoint"
         return f"{how}; {newest}; go on with --resume"
-
-
-@contextmanager
-def _followed(run_dir: Path, phase: str, global_batch: int) -> Iterator[None]:
-    """Show the phase's progress line while the workers write their records."""
-    stopped = threading.Event()
-    path = metrics_path(run_dir)
-    offset = path.stat().st_size if path.exists() else 0
-    thread = threading.Thread(target=_follow, args=(path, offset, phase, global_batch, stopped), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join(timeout=5)
-
-
-def _follow(path: Path, offset: int, phase: str, global_batch: int, stopped: threading.Event) -> None:
-    progress: Progress | None = None
-    state_file = path.parent.parent / "phase_state.json"
-    ended = False
-    while not ended:
-        ended = stopped.wait(0.5)
-        # a resume cuts the file, so it may have become shorter than what was read
-        if not path.exists():
-            continue
-        offset = min(offset, path.stat().st_size)
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        offset += len(whole)
-        for line in whole.splitlines():
-            record = parse_line(line)  # None where a resume has cut away the beginning of a line
-            if record is None or record.get("phase") != phase:
-                continue
-            if progress is None and record["event"] == "phase":
-                progress = Progress(
-                    _steps(state_file, phase), phase, start=record["step"], samples_per_unit=global_batch
-                )
-            elif progress is not None:
-                _show(progress, record)
-    if progress is not None:
-        progress.close()
-
-
-def _steps(state_file: Path, phase: str) -> int | None:
-    """Steps of the phase, unknown while the file is damaged: the worker that mends it goes on meanwhile."""
-    try:
-        return phase_state.load(state_file).phase(phase).steps
-    except phase_state.DamagedState:
-        return None
-
-
-def _show(progress: Progress, record: dict) -> None:
-    if record["event"] == "step":
-        progress.update(record["step"], epoch=record["epoch"], loss=record["loss"])
-    elif record["event"] == "validation":
-        progress.update(record["step"], val=record["loss"])

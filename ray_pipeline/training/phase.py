@@ -15,8 +15,11 @@ import torch.distributed
 from ray_pipeline.data.stream import ReadAhead, stream
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.events import StepEvent
+from ray_pipeline.training.build import precision
+from ray_pipeline.training.device_peak import peak_flops, peak_memory
 from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
-from ray_pipeline.training.pictures import draw_progress, draw_samples
+from ray_pipeline.training.pictures import draw_samples
+from ray_pipeline.training.profiling import profiled
 from ray_pipeline.training.records import PhaseRecords
 from ray_pipeline.training.sample_log import SampleLog
 from ray_pipeline.training.setup import PhaseJob, PhaseRun, open_data, open_phase, stream_settings
@@ -60,13 +63,16 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
         if run.state.step == 0:
             measure_untrained(run, records)
         warm_up(run)
+        trace_step = stack.enter_context(profiled(run))
         interval, skipped = Interval(run), SkippedSteps(run)
         while run.state.step < run.end_step:
             taken = interval.next(inputs)
             result = train_step(run, taken, watch)
             interval.add(result)
+            trace_step()
             if log:
-                log.add(taken)
+                with run.clock.part("logging"):
+                    log.add(taken)
             if result.skipped and run.state.step not in run.start.forgiven:
                 trouble = skipped.add(result)
                 if records:
@@ -74,7 +80,8 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
                 if trouble:
                     return trouble
             if run.state.step % run.config.monitoring.log_every_n_steps == 0 or run.state.step == run.end_step:
-                interval.report(records)
+                with run.clock.part("logging"):
+                    interval.report(records)
             finish_step(run, records)
             if records and run.job.judged and run.state.step < run.end_step and has_tile_losses(run):
                 watch.await_verdict(run.state.step)
@@ -130,8 +137,6 @@ def finish_step(run: PhaseRun, records: PhaseRecords | None) -> None:
     kept = [epoch for epoch in ended if epoch in run.phase.save_epochs]
     if kept or best or last:
         records.save("epoch" if kept else "best" if best else "last", epoch=(kept or list(ended))[-1])
-    if kept:
-        records.draw("progress", lambda: draw_progress(run, records.progress.baseline_val_loss, keep=True))
 
 
 def measure_untrained(run: PhaseRun, records: PhaseRecords | None) -> None:
@@ -193,16 +198,14 @@ class Interval:
 
     run: PhaseRun
     results: list[StepResult] = field(default_factory=list)
-    waited: float = 0.0
     seconds: float = 0.0
     since: float = field(default_factory=time.perf_counter)
+    peak: float | None = None
 
     def next(self, inputs: Iterator[StepInput]) -> StepInput:
-        """The next step's input, and how long it was waited for."""
-        started = time.perf_counter()
-        taken = next(inputs)
-        self.waited += time.perf_counter() - started
-        return taken
+        """The next step's input."""
+        with self.run.clock.part("data_wait"):
+            return next(inputs)
 
     def add(self, result: StepResult) -> None:
         self.results.append(result)
@@ -210,14 +213,15 @@ class Interval:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out what was spent on validation, pictures and checkpoints."""
+        """Leave out what was spent on validation and pictures; logging and saving have clocks of their own."""
         self.since = time.perf_counter()
 
     def report(self, records: PhaseRecords | None) -> None:
-        """Mean loss over the steps of this interval that changed something, and its pace."""
+        """Mean loss over the steps of this interval that changed something, its pace, and where the time went."""
         run, count = self.run, len(self.results)
         done = [result for result in self.results if not result.skipped]
-        samples = run.plan.global_batch * count
+        seconds = {name: part / count for name, part in run.clock.take().items()}
+        step_seconds = max(self.seconds / count + seconds["logging"] + seconds["saving"], 1e-9)
         if records:
             step = run.state.step
             records.events.emit(
@@ -229,10 +233,25 @@ class Interval:
                     loss=math.fsum(result.loss for result in done) / len(done) if done else math.nan,
                     lr=learning_rate(run.config.optimizer, step - 1, run.total_steps, run.phase.lr),
                     grad_norm=self.results[-1].grad_norm,
-                    samples_per_second=samples / max(self.seconds, 1e-9),
-                    data_wait_seconds=self.waited / count,
+                    samples_per_second=run.plan.global_batch / step_seconds,
+                    data_wait_seconds=seconds["data_wait"],
                     skipped=count - len(done),
+                    step_seconds=step_seconds,
+                    compute_seconds=seconds["compute"],
+                    optimizer_seconds=seconds["optimizer"],
+                    ema_seconds=seconds["ema"],
+                    logging_seconds=seconds["logging"],
+                    saving_seconds=seconds["saving"],
+                    utilisation=self._utilisation(step_seconds),
+                    memory_bytes=peak_memory(run.device),
                 )
             )
             records.note_step()
-        self.results, self.waited, self.seconds = [], 0.0, 0.0
+        self.results, self.seconds = [], 0.0
+
+    def _utilisation(self, step_seconds: float) -> float:
+        """Of one device by the network's own operations."""
+        run = self.run
+        if self.peak is None:  # measured now, where it must be: the other ranks wait for this one
+            self.peak = peak_flops(run.device, precision(run.config, run.device.type))
+        return run.job.sample_flops * run.plan.global_batch / run.world_size / step_seconds / self.peak

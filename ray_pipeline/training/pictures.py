@@ -1,7 +1,9 @@
-"""Pictures of a run: sample grids and the progress chart. Rank 0 only."""
+"""Sample grids, by rank 0."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,68 +13,77 @@ from ray_pipeline.data.listing import spread
 from ray_pipeline.diffusion.noise import draw
 from ray_pipeline.diffusion.samplers import sample_euler
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
-from ray_pipeline.monitoring.events import EventLog, SampleEvent, read_events
-from ray_pipeline.monitoring.plots import plot_progress
+from ray_pipeline.monitoring.event_log import EventLog
+from ray_pipeline.monitoring.events import SampleEvent
 from ray_pipeline.monitoring.tile_grid import Window, sample_grid
-from ray_pipeline.storage import replace_file
+from ray_pipeline.training.nearest import nearest
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import stack_hints
 
 _DECODE_BATCH = 4
-_PAIR_ROWS = 6  # a grid with hints, sample and target side by side shows this many tiles at most
+_PAIR_ROWS = 6  # a grid with hints, sample, target and error side by side shows this many tiles at most
 
 
-def draw_samples(run: PhaseRun, records: EventLog, epoch: int) -> Path:
+def draw_samples(run: PhaseRun, events: EventLog, epoch: int) -> Path:
     """Sample with EMA weights from noise that is the same at every epoch, and write samples_epoch_<epoch>.png.
 
-    Unconditional: a square grid. With hints: hints, sample and target of validation tiles side by side, and the
-    sample's PSNR (dB, full range) against the target. Hints and targets are shown as the autoencoder gives them back,
-    since that is what the network gets.
+    Unconditional: each sample beside the training tile whose latent is nearest to its own, with their distance in units
+    of the latents' standard deviation: a copied tile shows. With hints: hints, sample, target and absolute error of
+    validation tiles side by side, and the sample's PSNR (dB, full range). Hints and targets are shown as the
+    autoencoder gives them back, since that is what the network gets.
     """
-    monitoring = run.config.monitoring
-    count = min(monitoring.num_samples, _PAIR_ROWS, len(run.val_rows)) if run.hints else monitoring.num_samples
-    autoencoder = load_autoencoder(run.config.vae.pretrained, device=run.device, precision=run.config.vae.precision)
-    noise = draw(run.config.seed, "samples", range(count), run.train_store.shape).noise
-    shown = spread(np.arange(len(run.val_rows)), count)
-    values = run.val_store.gather(run.val_rows[shown], hints=run.hints, simulated=run.val_simulated[shown])
-    samples = _decode(run, autoencoder, _sample(run, torch.from_numpy(noise), values))
-    target = _decode(run, autoencoder, values["latent"])
-    window = Window.of(target)
-    columns, captions = [("sample", window.shown(samples))], {}
+    count = run.config.monitoring.num_samples
     if run.hints:
-        columns = [
-            (name, window.of_hint(name, _decode(run, autoencoder, values[f"hint.{name}"]))) for name in run.hints
-        ]
-        columns += [("sample", window.shown(samples)), ("target", window.shown(target))]
-        captions = {(row, len(columns) - 2): f"{_psnr(samples[row], target[row]):.1f} dB" for row in range(count)}
+        count = min(count, _PAIR_ROWS, len(run.val_rows))
+    autoencoder = load_autoencoder(run.config.vae.pretrained, device=run.device, precision=run.config.vae.precision)
+    noise = torch.from_numpy(draw(run.config.seed, "samples", range(count), run.train_store.shape).noise)
+    columns = _conditional(run, autoencoder, noise) if run.hints else _unconditional(run, autoencoder, noise)
     path = Path(run.config.output_dir, "samples", run.phase.name) / f"samples_epoch_{epoch:03d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{run.phase.name}, epoch {epoch}, step {run.state.step}"
-    picture = sample_grid(columns, path, captions=captions, title=title)
-    records.image("samples", picture, run.state.step)
-    records.emit(SampleEvent(run.phase.name, run.state.step, epoch, str(path.relative_to(run.config.output_dir))))
+    sample_grid(columns.tiles, path, captions=columns.captions, title=title, groups=columns.groups)
+    events.emit(SampleEvent(run.phase.name, run.state.step, epoch, str(path.relative_to(run.config.output_dir))))
     return path
 
 
-def draw_progress(run: PhaseRun, baseline: float | None, keep: bool = False) -> None:
-    """Write latest_progress.png from the records so far; with `keep`, a copy named after the step too."""
-    monitoring = run.config.monitoring
-    if not (monitoring.plot_loss or monitoring.plot_lr):
-        return
-    records = read_events(run.config.output_dir, phase=run.phase.name)
-    folder = Path(run.config.output_dir, "plots", run.phase.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    latest = folder / "latest_progress.png"
-    plot_progress(
-        records,
-        latest,
-        title=run.phase.name,
-        baseline=baseline,
-        plot_loss=monitoring.plot_loss,
-        plot_lr=monitoring.plot_lr,
-    )
-    if keep:
-        replace_file(folder / f"training_progress_step_{run.state.step:08d}.png", latest.read_bytes())
+@dataclass(frozen=True)
+class _Columns:
+    """What `sample_grid` shows, in how many groups beside each other."""
+
+    tiles: list[tuple[str, np.ndarray]]
+    captions: dict[tuple[int, int], str]
+    groups: int = 1
+
+
+def _unconditional(run: PhaseRun, autoencoder: Autoencoder, noise: torch.Tensor) -> _Columns:
+    samples = _sample(run, noise, {})
+    limit = run.config.monitoring.nearest_tiles
+    shown = run.val_store.gather(run.val_rows[spread(np.arange(len(run.val_rows)), len(noise))], hints=())["latent"]
+    window = Window.of(_decode(run, autoencoder, shown))
+    columns, captions = [("sample", window.shown(_decode(run, autoencoder, samples)))], {}
+    if limit:
+        found = nearest(run.train_store, samples, limit)
+        tiles = run.train_store.gather(found.rows, found.variants, hints=())["latent"]
+        columns.append((f"nearest of {found.searched} training tiles", window.shown(_decode(run, autoencoder, tiles))))
+        captions = {(row, 1): f"distance {distance:.2f}" for row, distance in enumerate(found.distances)}
+    return _Columns(columns, captions, groups=math.ceil(math.sqrt(len(noise) / len(columns))))
+
+
+def _conditional(run: PhaseRun, autoencoder: Autoencoder, noise: torch.Tensor) -> _Columns:
+    shown = spread(np.arange(len(run.val_rows)), len(noise))
+    values = run.val_store.gather(run.val_rows[shown], hints=run.hints, simulated=run.val_simulated[shown])
+    samples = _decode(run, autoencoder, _sample(run, noise, values))
+    target = _decode(run, autoencoder, values["latent"])
+    window = Window.of(target)
+    columns = [(name, window.of_hint(name, _decode(run, autoencoder, values[f"hint.{name}"]))) for name in run.hints]
+    error = np.abs(samples - target)
+    columns += [
+        ("sample", window.shown(samples)),
+        ("target", window.shown(target)),
+        ("absolute error", 2 * error / (window.high - window.low) - 1),
+    ]
+    captions = {(row, len(run.hints)): f"{_psnr(samples[row], target[row]):.1f} dB" for row in range(len(noise))}
+    return _Columns(columns, captions)
 
 
 @torch.no_grad()

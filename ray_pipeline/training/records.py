@@ -9,23 +9,25 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from ray_pipeline.data.hint_registry import resolve_hints
 from ray_pipeline.models.weights import LatentsHeader, WeightsHeader
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.events import CheckpointEvent, EventLog, FaultEvent, PhaseEvent, ValidationEvent
+from ray_pipeline.monitoring.event_log import EventLog
+from ray_pipeline.monitoring.events import CheckpointEvent, FaultEvent, PhaseEvent, ValidationEvent
+from ray_pipeline.monitoring.sinks import chosen_sinks
 from ray_pipeline.retention import best_of
 from ray_pipeline.run_state import mend_state
 from ray_pipeline.storage import StorageError
+from ray_pipeline.training.build import precision
 from ray_pipeline.training.commits import PATIENCE_SECONDS, Commits
 from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
-from ray_pipeline.training.pictures import draw_progress
 from ray_pipeline.training.saving import Save
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.snapshots import snapshot
 from ray_pipeline.training.validation import Validation, write_tile_losses
 
-#: a chart takes about a second, so it is drawn at most this often between epochs that are kept
-_SECONDS_BETWEEN_CHARTS = 20.0
 #: a run that was superseded learns it within so many seconds, and before every file of a checkpoint
 _SECONDS_BETWEEN_CHECKS = 5.0
 #: after a storage did not answer, it is asked again so much later
@@ -44,13 +46,13 @@ class PhaseRecords:
         self.events = EventLog(
             run.config.output_dir,
             run.phase.name,
-            tensorboard=run.config.monitoring.tensorboard,
+            chosen_sinks(run.config.monitoring),
+            config=run.job.config,
             resume_step=run.state.step or -1,  # a start at 0 makes its step-0 records again
         )
         self.commits = Commits(run, self.fault, self._committed)
         self.said: set[str] = set()
         self.checked_at = time.monotonic()
-        self.charted_at = -math.inf
         self._stack = ExitStack()
 
     def __enter__(self) -> PhaseRecords:
@@ -64,6 +66,7 @@ class PhaseRecords:
         progress.status, progress.attempt = "running", run.start.attempt
         progress.steps, progress.epochs = run.total_steps, run.phase.epochs
         self.state.current_phase = run.phase.name
+        self.state.run["resources"] = resources(run)
         word = "resumed" if run.state.step else "started"
         message = f"{word} at step {run.state.step} of {run.total_steps} on {run.world_size} worker(s)"
         self.events.emit(PhaseEvent(run.phase.name, word, run.state.step, message))
@@ -75,6 +78,11 @@ class PhaseRecords:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+        late = self.events.troubles()
+        for words in late:
+            self.state.record("fault", f"{self.run.phase.name}: {words}")
+        if late and exception[0] is None:  # else another attempt may have the file
+            self._write()
 
     def epoch(self) -> int:
         """Epoch (from 1) that the step just done belongs to."""
@@ -91,11 +99,14 @@ class PhaseRecords:
         self._write()
 
     def note_step(self) -> None:
+        for words in self.events.troubles():
+            self.fault("monitoring", words)
         self._write()
 
     def after_step(self, save: bool) -> None:
         """Take note of what was committed meanwhile; save when it is time, or when asked."""
-        self.commits.collect()
+        with self.run.clock.part("saving"):
+            self.commits.collect()
         if (save or self.commits.due()) and not self.commits.has_step():
             self.save("safety")
 
@@ -136,9 +147,6 @@ class PhaseRecords:
         self._emit_validation(validation, run.state.average_name)
         self.progress.metrics["val_loss"] = validation.loss
         self._write()
-        if time.monotonic() - self.charted_at > _SECONDS_BETWEEN_CHARTS:
-            self.draw("progress", lambda: draw_progress(run, self.progress.baseline_val_loss))
-            self.charted_at = time.monotonic()
         best = best_of(self.commits.states)
         better = math.isfinite(validation.loss) and (best is None or validation.loss < best.val_loss)
         return epoch_end and better
@@ -176,14 +184,16 @@ class PhaseRecords:
 
     def save(self, kind: str, epoch: int | None = None) -> None:
         """Have a checkpoint of this step written."""
-        header = self.header()
-        self.commits.save(self._state(kind, header), header.metadata(), epoch)
+        with self.run.clock.part("saving"):
+            header = self.header()
+            self.commits.save(self._state(kind, header), header.metadata(), epoch)
 
     def save_snapshot(self) -> None:
         """Store the power-function averages of this step, if there are any."""
-        save = snapshot(self.run, self.header())
-        if save is not None:
-            self.commits.submit(save)
+        with self.run.clock.part("saving"):
+            save = snapshot(self.run, self.header())
+            if save is not None:
+                self.commits.submit(save)
 
     def finish(self) -> None:
         """The phase is done, and its last step committed."""
@@ -191,7 +201,6 @@ class PhaseRecords:
         self.commits.secure(lambda: self.save("last", run.phase.epochs), PATIENCE_SECONDS)
         message = f"finished after {run.total_steps} steps, {run.phase.epochs} epochs"
         self.events.emit(PhaseEvent(run.phase.name, "finished", run.state.step, message))
-        self.draw("progress", lambda: draw_progress(run, self.progress.baseline_val_loss))
         self.progress.status = "finished"
         self.state.record("finished", f"{run.phase.name}: {message}")
         self._write()
@@ -274,3 +283,16 @@ class PhaseRecords:
             if message not in self.said:
                 self.said.add(message)
                 self.events.emit(FaultEvent(run.phase.name, run.state.step, "state", message))
+
+
+def resources(run: PhaseRun) -> dict[str, str]:
+    """What a phase trains with, by name, for people."""
+    gpu = run.device.type == "cuda"
+    return {
+        "workers": str(run.world_size),
+        "device": torch.cuda.get_device_name(run.device) if gpu else "CPU",
+        "threads a worker": str(torch.get_num_threads()),
+        "precision": precision(run.config, run.device.type),
+        "global batch": str(run.plan.global_batch),
+        "training tiles": str(len(run.train_store)),
+    }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,15 @@ from ray_pipeline.storage import Folder
 from ray_pipeline.training.build import make_edm, make_network, make_state, precision, prepare_torch
 from ray_pipeline.training.loss import TrainingLoss
 from ray_pipeline.training.state import TrainState, load_weights
+from ray_pipeline.training.step_clock import StepClock
 
 
 @dataclass(frozen=True)
 class PhaseJob:
     """What the driver tells each worker. init: checkpoint folder to begin from, or None. stop: the Board (stopping.py)
     of the run; None where nobody may ask it to stop. epochs: leave the phase after so many, to be gone on with; None:
-    train it to its end. judged: wait after each epoch until the board says whether to go on."""
+    train it to its end. judged: wait after each epoch until the board says whether to go on. sample_flops: of one
+    trained sample. profile: write a trace of a few steps."""
 
     config: dict
     phase: int
@@ -46,6 +49,8 @@ class PhaseJob:
     stop: Any = None
     epochs: int | None = None
     judged: bool = False
+    sample_flops: float = math.nan
+    profile: bool = False
 
 
 def job_values(job: PhaseJob) -> dict:
@@ -126,6 +131,10 @@ class PhaseRun(PhaseData):
     edm: EDM
     state: TrainState
     model: nn.Module
+    clock: StepClock = field(init=False)
+
+    def __post_init__(self):
+        self.clock = StepClock(self.device)
 
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast, or nothing in fp32."""

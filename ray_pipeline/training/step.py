@@ -18,7 +18,6 @@ from ray_pipeline.data.latents import LatentStats
 from ray_pipeline.diffusion.noise import draw, kept_hints
 from ray_pipeline.sections import OptimizerConfig
 from ray_pipeline.training.setup import PhaseData, PhaseRun
-from ray_pipeline.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,15 @@ def optimize(
     for number, batch in enumerate(batches):
         _seed_dropout(run, step, number)
         moved = batch.to(run.device)
-        with _sync(run.model, last=number == len(batches) - 1):
+        with run.clock.part("compute"), _sync(run.model, last=number == len(batches) - 1):
             with run.autocast():
                 losses, objectives = run.model(**vars(moved))
             # DDP averages over ranks; slices may differ by one sample, so each rank gives its sum
             (objectives.sum() * (run.world_size / plan.global_batch)).backward()
         own.append(losses.detach())
     limit = run.config.optimizer.grad_clip or math.inf
-    gradient = torch.nn.utils.clip_grad_norm_(state.optimizer.param_groups[0]["params"], limit)
+    with run.clock.part("optimizer"):
+        gradient = torch.nn.utils.clip_grad_norm_(state.optimizer.param_groups[0]["params"], limit)
     told = torch.stack([sum(losses.sum() for losses in own), *torch.tensor([save, stop], device=run.device).float()])
     if run.world_size > 1:
         torch.distributed.all_reduce(told)  # a loss may be infinite on one rank and its gradient 0
@@ -100,8 +100,9 @@ def optimize(
     if skipped:
         state.skipped.append(step + 1)
     else:
-        state.optimizer.step()
-    _end_step(state, step)
+        with run.clock.part("optimizer"):
+            state.optimizer.step()
+    _end_step(run, step)
     suspects = _suspects(run, step, own) if skipped else ()
     return StepResult(loss, norm, skipped, suspects, save=saves > 0, stop=stops > 0)
 
@@ -109,15 +110,17 @@ def optimize(
 def avoid(run: PhaseRun, step: int) -> StepResult:
     """A step that is known to have no finite loss: the position advances, nothing is computed."""
     run.state.skipped.append(step + 1)
-    _end_step(run.state, step)
+    _end_step(run, step)
     return StepResult(math.nan, math.nan, skipped=True)
 
 
-def _end_step(state: TrainState, step: int) -> None:
+def _end_step(run: PhaseRun, step: int) -> None:
+    state = run.state
     state.optimizer.zero_grad(set_to_none=True)
     state.step = step + 1
-    for average in state.averages:
-        average.update(state.step)
+    with run.clock.part("ema"):
+        for average in state.averages:
+            average.update(state.step)
 
 
 def _suspects(run: PhaseRun, step: int, losses: list[Tensor]) -> tuple[int, ...]:

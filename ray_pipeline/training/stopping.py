@@ -91,9 +91,8 @@ class ControllerReports(ControllerCallback, WorkerGroupCallback):
         self.board.running.remote(name not in (*without_place, "ResizingState"))
         if name in without_place:
             with suppress(RayActorError):  # without its driver nobody asks
-                reason = ray.get(self.board.asked.remote())
-                if reason:
-                    raise RuntimeError(f"asked to stop ({reason}) while there are no workers")
+                if ray.get(self.board.asked.remote()):
+                    raise RuntimeError("there were no workers to commit anything")
 
     def after_worker_group_poll_status(self, worker_group_status) -> None:
         errors = {rank: each.error for rank, each in worker_group_status.worker_statuses.items() if each.error}

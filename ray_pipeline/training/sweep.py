@@ -28,9 +28,13 @@ from ray_pipeline.config import Config
 from ray_pipeline.config_changes import differences
 from ray_pipeline.config_kinds import Kind, rule_of
 from ray_pipeline.errors import RunStopped, UserError
+from ray_pipeline.monitoring.event_log import EventLog
+from ray_pipeline.monitoring.events import SweepEvent
+from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.phase_state import utc_now
+from ray_pipeline.monitoring.sinks import chosen_sinks
 from ray_pipeline.storage import Folder
-from ray_pipeline.sweep_records import FOLDER, SweepRecord, TrialRecord, read_sweep, sweep_folder
+from ray_pipeline.sweep_records import FOLDER, EpochResult, SweepRecord, TrialRecord, read_sweep, sweep_folder
 from ray_pipeline.sweep_space import Point, count, phase_index
 from ray_pipeline.training.board import open_notes
 from ray_pipeline.training.launch import check_resources
@@ -38,7 +42,6 @@ from ray_pipeline.training.placement import groups_that_fit
 from ray_pipeline.training.stopping import SIGNAL_NAMES, signals_into
 from ray_pipeline.training.trial import (
     EPOCH,
-    LOSS,
     SweepJob,
     epoch_results,
     run_trial,
@@ -55,6 +58,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that was asked to stop may have no result yet
 }
 _OPEN = ("running", "interrupted", "failed")  # what a resume goes on with
 
@@ -123,14 +127,22 @@ class _Driver:
     def __init__(self, config: Config, job: SweepJob, record: SweepRecord, folder: Path, say: Callable[[str], None]):
         self.config, self.job, self.record, self.folder, self.say = config, job, record, folder, say
         self.notes = open_notes()
+        sinks = [name for name in chosen_sinks(config.monitoring) if name != "tensorboard"]  # it gets a page of its own
+        self.events = EventLog(config.output_dir, FOLDER, sinks, config=config.dump())
+        told = read_events(config.output_dir, FOLDER)  # a trial that is gone on with tells its epochs again
+        self.told = {(event["trial"], event["epoch"], event["status"]) for event in told if event["event"] == "sweep"}
         self.trials = {trial.number: trial for trial in record.trials}
         self.search = TrialSearch(config, self.next_trial, optuna_search(config, record))
         self.phase = config.phases[phase_index(config)].name
 
+    def __getstate__(self) -> dict:
+        """Nothing: Tune pickles whatever its callbacks know, for a restore that never comes."""
+        return {}
+
     def drive(self, at_once: int) -> None:
         """Until every trial has ended."""
         events: SimpleQueue[int | BaseException | None] = SimpleQueue()
-        with tempfile.TemporaryDirectory() as scratch, _environment(), signals_into(events):
+        with self.events, tempfile.TemporaryDirectory() as scratch, _environment(), signals_into(events):
             fit = threading.Thread(target=self._fit, args=(scratch, at_once, events), daemon=True, name="tune-fit")
             fit.start()
             stopped_by, deadline = None, math.inf
@@ -142,7 +154,7 @@ class _Driver:
                         continue
                     break
                 if not isinstance(event, int):
-                    if event is not None:
+                    if event is not None and stopped_by is None:
                         raise event
                     break
                 if stopped_by is not None:
@@ -160,7 +172,7 @@ class _Driver:
             ray.tune.Tuner(
                 ray.tune.with_resources(partial(run_trial, sweep=self.job, notes=self.notes), _TRIAL_RESOURCES),
                 tune_config=ray.tune.TuneConfig(
-                    metric=LOSS,
+                    metric=self.config.sweep.metric,
                     mode="min",
                     num_samples=-1,
                     max_concurrent_trials=at_once,
@@ -203,7 +215,9 @@ class _Driver:
     def tell(self, number: int, epoch: int, loss: float) -> None:
         """After an epoch."""
         trial = self.note(number)
-        self.say(f"sweep     {trial.name} ({trial.in_words}): epoch {epoch}, validation loss {loss:.4f}")
+        words = f"{trial.name} ({trial.in_words}): epoch {epoch}, validation loss {loss:.4f}"
+        self._emit(trial, next(result for result in trial.results if result.epoch == epoch), "epoch", words)
+        self.say(f"sweep     {words}")
 
     def conclude(self, number: int) -> None:
         """After a trial returned."""
@@ -220,8 +234,10 @@ class _Driver:
         else:
             trial.status, trial.message = "failed", "it returned without the results and the checkpoint of its end"
         self.record.save(self.folder)
+        words = f"{trial.name}: {trial.message or trial.status}"
+        self._emit(trial, last, trial.status, words)
         if trial.status != "finished":
-            self.say(f"sweep     {trial.name}: {trial.message or trial.status}")
+            self.say(f"sweep     {words}")
 
     def fail(self, number: int) -> None:
         """After a trial raised, or its process was lost."""
@@ -229,7 +245,16 @@ class _Driver:
         trial.status, trial.ended = "failed", utc_now()
         trial.message = ray.get(self.notes.failure.remote(number))
         self.record.save(self.folder)
-        self.say(f"sweep     {trial.name} ({trial.in_words}) failed: {trial.message.strip().splitlines()[-1]}")
+        words = f"{trial.name} ({trial.in_words}) failed: {trial.message.strip().splitlines()[-1]}"
+        self._emit(trial, trial.results[-1] if trial.results else None, "failed", words)
+        self.say(f"sweep     {words}")
+
+    def _emit(self, trial: TrialRecord, result: EpochResult | None, status: str, words: str) -> None:
+        step, epoch = (result.step, result.epoch) if result else (0, 0)
+        if (trial.number, epoch, status) not in self.told:
+            self.told.add((trial.number, epoch, status))
+            loss = self.record.loss(result) if result else math.nan
+            self.events.emit(SweepEvent(FOLDER, step, trial.number, epoch, loss, status, words))
 
 
 class _Bookkeeping(ray.tune.Callback):
@@ -239,7 +264,7 @@ class _Bookkeeping(ray.tune.Callback):
         self.driver = driver
 
     def on_trial_result(self, iteration: int, trials: Sequence, trial, result: dict, **_: Any) -> None:
-        self.driver.tell(trial.config["number"], result[EPOCH], result[LOSS])
+        self.driver.tell(trial.config["number"], result[EPOCH], result[self.driver.config.sweep.metric])
 
     def on_trial_complete(self, iteration: int, trials: Sequence, trial, **_: Any) -> None:
         self.driver.conclude(trial.config["number"])

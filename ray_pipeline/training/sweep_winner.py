@@ -17,7 +17,7 @@ from ray_pipeline.checkpoints import Checkpoint, CheckpointStore
 from ray_pipeline.config import Config
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.weights import header_in
-from ray_pipeline.monitoring.events import copy_records
+from ray_pipeline.monitoring.metrics_file import copy_records
 from ray_pipeline.monitoring.sweep_chart import plot_sweep
 from ray_pipeline.monitoring.sweep_log import log_trials
 from ray_pipeline.retention import checkpoint_name

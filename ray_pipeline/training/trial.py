@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 
 from ray_pipeline.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
 from ray_pipeline.config import Config, parse_config
-from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.phase_state import utc_now
 from ray_pipeline.run_state import CONFIG_FILE
 from ray_pipeline.storage import Folder, replace_file
@@ -32,20 +32,21 @@ from ray_pipeline.training.setup import PhaseJob
 from ray_pipeline.training.validation import read_tile_losses, tile_losses_steps
 
 _POLL_SECONDS = 0.5
-#: what Tune is told after an epoch
-LOSS, EPOCH = "loss", "epoch"
+#: told to Tune with the loss of an epoch
+EPOCH = "epoch"
 
 
 @dataclass(frozen=True)
 class SweepJob:
     """What all trials share. base: the run's config, as plain values; latents: their store; init: the checkpoint that
     they begin from, or, where they continue a finished phase, that they go on from; epochs: that this one has behind
-    it."""
+    it; sample_flops: of one trained sample."""
 
     base: dict
     latents: str
     init: str
     epochs_before: int
+    sample_flops: float
 
     @property
     def config(self) -> Config:
@@ -150,6 +151,7 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
         init=None if more else sweep.init,
         epochs=None if more else base.sweep.epochs,
         judged=base.sweep.scheduler != "fifo",
+        sample_flops=sweep.sample_flops,
     )
     board, ended, told, began = open_board(), [], 0, utc_now()
 
@@ -174,7 +176,7 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
             counted = news and not reason and (last or _begun(folder, phase, began))
             for result in epoch_results(folder, phase, sweep.epochs_before)[told:] if counted else []:
                 told += 1
-                ray.tune.report({LOSS: judged.told_loss(result), EPOCH: result.epoch})
+                ray.tune.report({base.sweep.metric: judged.told_loss(result), EPOCH: result.epoch})
                 reason = ray.get(notes.asked.remote(number))
                 if reason:
                     board.stop.remote(reason)

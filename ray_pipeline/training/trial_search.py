@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from ray_pipeline.config import Config
 from ray_pipeline.sweep_records import SweepRecord, TrialRecord
 from ray_pipeline.sweep_space import DECAY, Point, point, space_of
-from ray_pipeline.training.trial import EPOCH, LOSS
+from ray_pipeline.training.trial import EPOCH
 
 
 class TrialSearch(Searcher):
@@ -29,7 +29,7 @@ class TrialSearch(Searcher):
         next_trial: Callable[[Callable[[int], Point]], TrialRecord | None],
         inner: Searcher | None,
     ):
-        super().__init__(metric=LOSS, mode="min")
+        super().__init__(metric=config.sweep.metric, mode="min")
         self.config, self.next_trial, self.inner, self.ended = config, next_trial, inner, False
         self._drawn: set[str] = set()
 
@@ -59,7 +59,7 @@ class TrialSearch(Searcher):
 class OrderlyHalving(AsyncHyperBandScheduler):
     """ASHA (Li et al. 2020) that asks a trial to stop and lets it end by itself.
 
-    earlier: by number of a trial that ended before this start, its results {EPOCH, LOSS}, which count too.
+    earlier: by number of a trial that ended before this start, its results as Tune is told of them, which count too.
     """
 
     def __init__(self, notes: ActorHandle, earlier: Mapping[int, Sequence[dict]], **settings: Any):
@@ -93,7 +93,7 @@ def scheduler(config: Config, record: SweepRecord, notes: ActorHandle) -> TrialS
     return OrderlyHalving(
         notes,
         {
-            trial.number: [{EPOCH: result.epoch, LOSS: record.told_loss(result)} for result in trial.results]
+            trial.number: [{EPOCH: result.epoch, sweep.metric: record.told_loss(result)} for result in trial.results]
             for trial in _ended(record)
         },
         max_t=sweep.epochs,
@@ -121,7 +121,8 @@ def optuna_search(config: Config, record: SweepRecord) -> Searcher | None:
             name = "uniform" if dimension.uniform else "log_uniform"
             space[key] = kinds[name](*dimension.bounds)
     converted = OptunaSearch.convert_search_space(space)
-    search = OptunaSearch(space=converted, metric=LOSS, mode="min", seed=config.seed + len(record.trials))
+    seed = config.seed + len(record.trials)
+    search = OptunaSearch(space=converted, metric=config.sweep.metric, mode="min", seed=seed)
     for trial in _ended(record):
         search.add_evaluated_point(dict(trial.values), record.told_loss(trial.results[-1]))
     return search

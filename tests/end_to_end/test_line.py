@@ -1,7 +1,11 @@
 """The whole line through the command line: data, latents, both phases, on a real Ray."""
 
+import importlib.metadata
 import json
+import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.cli import main
@@ -18,7 +23,8 @@ from ray_pipeline.data.plan import SamplePlan
 from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.models.weights import load_weights_file
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.monitoring.events import STEP_PARTS
+from ray_pipeline.monitoring.metrics_file import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -111,6 +117,39 @@ def test_every_step_is_recorded_once_with_a_finite_loss(finished):
     assert all(0 < record["loss"] < 10 for record in steps)
 
 
+def test_every_step_tells_where_its_time_went(finished):
+    for record in read_events(finished, event="step"):
+        parts = [record[f"{part}_seconds"] for part in STEP_PARTS.values()]
+        assert all(0 <= seconds < math.inf for seconds in parts)
+        assert 0 < sum(parts) <= 1.01 * record["step_seconds"]
+        assert record["samples_per_second"] == pytest.approx(8 / record["step_seconds"])
+        assert 0 < record["utilisation"] < 1
+        assert record["memory_bytes"] > 1e8
+
+
+def test_tensorboards_own_reader_shows_the_records_of_a_run(finished):
+    for phase in ("phase1_unconditional", "phase2_conditional"):
+        board = EventAccumulator(str(finished / "logs/tensorboard" / phase), size_guidance={"scalars": 0})
+        board.Reload()
+        shown = [(point.step, point.value) for point in board.Scalars("train/loss")]
+        recorded = [(record["step"], record["loss"]) for record in read_events(finished, phase, "step")]
+        assert shown == [(step, pytest.approx(loss)) for step, loss in recorded]
+        assert board.Tags()["images"] == ["samples"]
+
+
+def test_the_report_of_a_run_shows_both_phases_and_what_they_were_trained_with(finished):
+    page = (finished / "report.html").read_text()
+    assert "All 2 phases are trained." in page
+    for words in (
+        "phase1_unconditional",
+        "phase2_conditional",
+        "global batch",
+        importlib.metadata.version("torch"),
+        "image/webp",
+    ):
+        assert words in page
+
+
 def test_an_untrained_network_scores_one_on_the_tiles_of_its_statistics(finished):
     metrics = phase_state.load(finished / "phase_state.json").phase("phase1_unconditional").metrics
     assert metrics["untrained_loss"] == pytest.approx(1, abs=0.02)
@@ -130,6 +169,14 @@ def test_a_finished_run_is_left_alone_by_resume(finished, tmp_path, tiny_autoenc
     assert train(tmp_path / "no_data", tiny_autoencoder, finished, "--resume") == 0
     assert_equal_bits(before, weights(finished, "phase2_conditional"))
     assert "is finished, so there is nothing to resume" in capsys.readouterr().out
+
+
+def test_a_quiet_command_prints_nothing_where_nothing_is_wrong(finished):
+    command = [sys.executable, "-m", "ray_pipeline", "train", "--config", str(finished / "config.yaml"), "--resume"]
+    quiet = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=True, timeout=120)
+    assert (quiet.stdout, quiet.stderr) == ("", "")
+    loud = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "is finished" in loud.stdout
 
 
 def test_a_run_whose_state_was_damaged_between_the_phases_goes_on_to_equal_bits(
@@ -185,6 +232,11 @@ def test_status_tells_where_a_finished_run_stands(finished, capsys):
     assert text.isascii()
     for words in ("phase1_unconditional: finished", "untrained network", "paired standard errors", "100%"):
         assert words in text
+
+
+def test_watching_a_finished_run_prints_it_once(finished, capsys):
+    assert main(["status", str(finished), "--watch", "0.1"]) == 0
+    assert capsys.readouterr().out.count("latest events") == 1
 
 
 def test_status_tells_what_each_hint_alone_is_worth(finished, capsys):

@@ -19,7 +19,7 @@ from ray_pipeline.cli import main
 from ray_pipeline.config import load_config
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.sweep_records import read_sweep, read_winner
 from ray_pipeline.training.trial import seed_trial, trial_config
 
@@ -74,7 +74,8 @@ def before_phase_two(run: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def swept(plain, config) -> Path:
-    """Goes on from phase 1 with a sweep whose command is killed after the first result, and is then gone on with."""
+    """Goes on from phase 1 with a sweep whose command is stopped before it has any result, then killed after the first
+    one, and is then gone on with."""
     import ray
 
     out = config.parent / "swept"
@@ -82,8 +83,19 @@ def swept(plain, config) -> Path:
     settings = {"sweep__enabled": "true", "sweep__epochs": 2, "sweep__scheduler": "fifo", "sweep__space": SPACE}
     command = [sys.executable, "-m", "ray_pipeline", "train", *words(config, out, **settings), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 300
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / "sweep" / "trial_000" / "config.yaml").exists():  # no trial has a result yet
+        assert driver.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGTERM)
+    told = driver.communicate(timeout=120)[1]
+    assert driver.returncode == 143, told
+    assert "Traceback" not in told
+    assert told.splitlines()[-1].startswith("stopped by SIGTERM")
+    assert {trial.status for trial in read_sweep(out).trials} == {"interrupted"}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     while not ((record := read_sweep(out)) and any(trial.results for trial in record.trials)):
         assert driver.poll() is None
         assert time.monotonic() < until
@@ -153,6 +165,13 @@ def test_the_winner_is_in_the_config_the_history_and_the_status_of_the_run(swept
     text = capsys.readouterr().out
     assert "sweep: finished" in text
     assert "trial_000 optimizer.lr=1e-09: finished" in text
+
+
+def test_every_epoch_and_end_of_a_trial_is_one_event_of_the_run(swept):
+    events = [(event["trial"], event["epoch"], event["status"]) for event in read_events(swept, "sweep", "sweep")]
+    assert sorted(event for event in events if event[2] != "interrupted") == sorted(
+        (trial, epoch, status) for trial in (0, 1) for epoch, status in ((1, "epoch"), (2, "epoch"), (2, "finished"))
+    )
 
 
 def test_trials_leave_their_records_and_no_checkpoints(swept):

@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,16 +15,16 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.monitoring.event_log import EventLog
 from ray_pipeline.monitoring.events import (
     CheckpointEvent,
-    EventLog,
     PhaseEvent,
     SampleEvent,
     StepEvent,
     ValidationEvent,
-    metrics_path,
-    read_events,
+    from_record,
 )
+from ray_pipeline.monitoring.metrics_file import metrics_path, read_events
 
 
 def step_event(step, phase="phase1", loss=None, lr=1e-4):
@@ -31,8 +32,11 @@ def step_event(step, phase="phase1", loss=None, lr=1e-4):
     return StepEvent(phase, step, step * 8, 1 + step // 10, loss, lr, 0.5, 12.5, 0.01)
 
 
-def emit_steps(run_dir, phase, steps, resume_step=None, tensorboard=True):
-    with EventLog(run_dir, phase, tensorboard=tensorboard, resume_step=resume_step) as log:
+BOARD = ("tensorboard",)
+
+
+def emit_steps(run_dir, phase, steps, resume_step=None, sinks=BOARD):
+    with EventLog(run_dir, phase, sinks, resume_step=resume_step) as log:
         for step in steps:
             log.emit(step_event(step, phase))
 
@@ -119,7 +123,7 @@ def test_every_event_is_one_strict_json_line_and_reads_back(tmp_path):
         SampleEvent("phase1", 2, 1, "samples/phase1/samples_epoch_001.png"),
         CheckpointEvent("phase1", 2, 1, "phase1_epoch_001.ckpt", "epoch", 1.5, 2.5),
     ]
-    with EventLog(tmp_path, "phase1", tensorboard=False) as log:
+    with EventLog(tmp_path, "phase1", BOARD) as log:
         for event in events:
             log.emit(event)
     lines = metrics_path(tmp_path).read_text(encoding="ascii").splitlines()
@@ -127,13 +131,16 @@ def test_every_event_is_one_strict_json_line_and_reads_back(tmp_path):
     assert [record["event"] for record in strict] == ["phase", "step", "validation", "sample", "checkpoint"]
     assert all(record["time"].endswith("+00:00") for record in strict)
     for event, record in zip(events, read_events(tmp_path), strict=True):
-        assert type(event)(**{name: record[name] for name in vars(event)}) == event
+        again = from_record(record)
+        assert {name: value for name, value in vars(again).items() if value == value} == {
+            name: value for name, value in vars(event).items() if value == value
+        }
     assert [record["event"] for record in read_events(tmp_path, event="sample")] == ["sample"]
     assert read_events(tmp_path, phase="phase2") == []
 
 
 def test_non_finite_losses_stay_visible_in_strict_json(tmp_path):
-    with EventLog(tmp_path, "phase1") as log:
+    with EventLog(tmp_path, "phase1", BOARD) as log:
         log.emit(step_event(1, loss=math.nan, lr=math.inf))
         log.emit(ValidationEvent("phase1", 1, 8, 1, -math.inf, 0.0, {"0.1": math.nan}, "nan"))
     raw = [json.loads(line, parse_constant=refuse_constant) for line in metrics_path(tmp_path).read_text().splitlines()]
@@ -153,18 +160,18 @@ def test_a_run_without_records_reads_as_empty(tmp_path):
 
 
 def test_torn_last_line_is_left_out_and_never_joined_to_the_next_record(tmp_path, caplog):
-    emit_steps(tmp_path, "phase1", [1, 2, 3], tensorboard=False)
+    emit_steps(tmp_path, "phase1", [1, 2, 3], sinks=())
     path = metrics_path(tmp_path)
     path.write_bytes(path.read_bytes()[:-20])
     assert steps_in_jsonl(tmp_path, "phase1") == [1, 2]
-    emit_steps(tmp_path, "phase1", [3, 4], tensorboard=False)
+    emit_steps(tmp_path, "phase1", [3, 4], sinks=())
     assert steps_in_jsonl(tmp_path, "phase1") == [1, 2, 3, 4]
     assert len(path.read_bytes().splitlines()) == 4
     assert not caplog.records
 
 
 def test_damaged_line_in_the_middle_is_reported_not_fatal(tmp_path, caplog):
-    emit_steps(tmp_path, "phase1", [1, 2, 3], tensorboard=False)
+    emit_steps(tmp_path, "phase1", [1, 2, 3], sinks=())
     path = metrics_path(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\x00\x00\xff\n" + lines[2])
@@ -173,10 +180,10 @@ def test_damaged_line_in_the_middle_is_reported_not_fatal(tmp_path, caplog):
 
 
 def test_resume_cuts_later_steps_of_this_phase_only(tmp_path):
-    emit_steps(tmp_path, "phase1", range(1, 21), tensorboard=False)
-    emit_steps(tmp_path, "phase2", range(1, 13), tensorboard=False)
+    emit_steps(tmp_path, "phase1", range(1, 21), sinks=())
+    emit_steps(tmp_path, "phase2", range(1, 13), sinks=())
     phase1_bytes = metrics_path(tmp_path).read_bytes().splitlines()[:20]
-    emit_steps(tmp_path, "phase2", range(8, 15), resume_step=7, tensorboard=False)
+    emit_steps(tmp_path, "phase2", range(8, 15), resume_step=7, sinks=())
     assert steps_in_jsonl(tmp_path, "phase2") == list(range(1, 15))
     assert metrics_path(tmp_path).read_bytes().splitlines()[:20] == phase1_bytes
     assert sorted(path.name for path in metrics_path(tmp_path).parent.iterdir()) == ["metrics.jsonl"]
@@ -193,17 +200,17 @@ def test_after_a_kill_and_a_resume_both_sinks_hold_every_step_once(tmp_path):
     emit_steps(tmp_path, "other", [1, 2])
     program = (
         "import os, signal, sys\n"
-        "from ray_pipeline.monitoring.events import EventLog, StepEvent\n"
-        "log = EventLog(sys.argv[1], 'phase1', resume_step=0)\n"
+        "from ray_pipeline.monitoring.event_log import EventLog\n"
+        "from ray_pipeline.monitoring.events import StepEvent\n"
+        "log = EventLog(sys.argv[1], 'phase1', ('tensorboard',), resume_step=0)\n"
         "for step in range(1, 31):\n"
         "    log.emit(StepEvent('phase1', step, step, 1, float(step), 0.0, 0.0, 0.0, 0.0))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    # What was emitted is on disk although nothing was closed.
+    # What was emitted is in the records although nothing was closed; TensorBoard gets what it lacks at the next start.
     assert steps_in_jsonl(tmp_path, "phase1") == list(range(1, 31))
-    assert len(tensorboard_curve(tmp_path, "phase1", "train/loss")) == 30
     with open(metrics_path(tmp_path), "ab") as file:
         file.write(b'{"event": "step", "phase": "phase1", "st')
 
@@ -219,9 +226,9 @@ def test_after_a_kill_and_a_resume_both_sinks_hold_every_step_once(tmp_path):
 
 
 def test_a_superseded_writer_cannot_write_into_the_new_attempts_records(tmp_path):
-    old = EventLog(tmp_path, "phase1", tensorboard=False)
+    old = EventLog(tmp_path, "phase1")
     old.emit(step_event(1))
-    with EventLog(tmp_path, "phase1", tensorboard=False, resume_step=1) as new:
+    with EventLog(tmp_path, "phase1", resume_step=1) as new:
         new.emit(step_event(2))
         old.emit(step_event(3))
     old.close()
@@ -229,7 +236,7 @@ def test_a_superseded_writer_cannot_write_into_the_new_attempts_records(tmp_path
 
 
 def test_tensorboard_shows_validation_by_track_and_noise_level(tmp_path):
-    with EventLog(tmp_path, "phase1") as log:
+    with EventLog(tmp_path, "phase1", BOARD) as log:
         log.emit(PhaseEvent("phase1", "started", 0, "attempt 1"))
         log.emit(ValidationEvent("phase1", 5, 40, 1, 0.75, 0.125, {"0.1": 0.5}, "ema_decay_0.9999"))
     values = {value.tag: value for event in tensorboard_events(tmp_path, "phase1") for value in event.summary.value}
@@ -244,8 +251,9 @@ def test_tensorboard_image_holds_the_pixels(tmp_path, gray):
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     if gray:
         picture[...] = picture[..., :1]
-    with EventLog(tmp_path, "phase1") as log:
-        log.image("samples", picture, 7)
+    Image.fromarray(picture).save(tmp_path / "samples.png")
+    with EventLog(tmp_path, "phase1", BOARD) as log:
+        log.emit(SampleEvent("phase1", 7, 1, "samples.png"))
     (event,) = tensorboard_events(tmp_path, "phase1")
     (tmp_path / "back.png").write_bytes(event.summary.value[0].image.encoded_image_string)
     assert (event.step, event.summary.value[0].tag) == (7, "samples")
@@ -254,7 +262,7 @@ def test_tensorboard_image_holds_the_pixels(tmp_path, gray):
 
 def test_sink_that_cannot_open_warns_once_and_the_other_goes_on(tmp_path, caplog):
     metrics_path(tmp_path).mkdir(parents=True)
-    with caplog.at_level(logging.WARNING), EventLog(tmp_path, "phase1") as log:
+    with caplog.at_level(logging.WARNING), EventLog(tmp_path, "phase1", BOARD) as log:
         log.emit(step_event(1))
         log.emit(step_event(2))
     assert len(caplog.records) == 1
@@ -263,23 +271,25 @@ def test_sink_that_cannot_open_warns_once_and_the_other_goes_on(tmp_path, caplog
 
 
 def test_full_disk_warns_once_a_sink_and_never_raises(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING), EventLog(tmp_path, "phase1") as log:
+    with caplog.at_level(logging.WARNING), EventLog(tmp_path, "phase1", BOARD) as log:
         log.emit(step_event(1))
         with disk_full_at(600):
             for step in range(2, 12):
                 log.emit(step_event(step))
-            log.image("samples", np.zeros((8, 8, 3), np.uint8), 12)
+            until = time.monotonic() + 30
+            while len(caplog.records) < 2 and time.monotonic() < until:
+                time.sleep(0.01)
         log.emit(step_event(13))
     assert sorted("tensorboard" in record.getMessage() for record in caplog.records) == [False, True]
     # What the full disk refused is there since it took more, and the next start finds no torn end.
     before = steps_in_jsonl(tmp_path, "phase1")
     assert before == [*range(1, 12), 13]
-    emit_steps(tmp_path, "phase1", [50], tensorboard=False)
+    emit_steps(tmp_path, "phase1", [50], sinks=())
     assert steps_in_jsonl(tmp_path, "phase1") == [*before, 50]
 
 
 def test_close_twice_is_harmless(tmp_path, caplog):
-    log = EventLog(tmp_path, "phase1")
+    log = EventLog(tmp_path, "phase1", BOARD)
     log.close()
     log.close()
     assert not caplog.records

@@ -5,19 +5,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ray_pipeline.monitoring.event_log import EventLog
 from ray_pipeline.monitoring.events import (
     CheckpointEvent,
-    EventLog,
     PhaseEvent,
     StepEvent,
     ValidationEvent,
-    read_events,
 )
+from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.plots import plot_progress
 
 
 def write_run(run_dir, losses, validated=True, ema=("ema_decay_0.9999",)):
-    with EventLog(run_dir, "phase1", tensorboard=False) as log:
+    with EventLog(run_dir, "phase1") as log:
         for step, loss in enumerate(losses, start=1):
             epoch = 1 + (step - 1) // 10
             log.emit(StepEvent("phase1", step, 8 * step, epoch, loss, 1e-4, 2 * loss, 60.0, 0.01))

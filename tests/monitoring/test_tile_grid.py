@@ -104,3 +104,15 @@ def test_one_window_of_the_targets_shows_them_and_their_partners_alike(tmp_path)
 def test_a_window_of_empty_targets_is_one_that_can_be_shown():
     shown = Window.of(np.full((2, 8, 8), -1.0)).shown(np.full((1, 8, 8), -1.0))
     np.testing.assert_array_equal(shown, -np.ones((1, 8, 8)))
+
+
+def test_rows_cut_into_groups_stand_beside_each_other_with_their_partners(tmp_path):
+    """Five pairs in two groups: three rows, the fourth pair begins at the top again."""
+    columns = [(name, random_tiles(5, 128, seed)) for seed, name in enumerate("ab")]
+    canvas = sample_grid(columns, tmp_path / "grid.png", title="t", groups=2)
+    first, second = ([find(canvas, expected_gray(tile)) for tile in tiles] for _, tiles in columns)
+    assert [y for y, _ in first] == [y for y, _ in second]
+    rows, across = sorted({y for y, _ in first}), sorted({x for _, x in first + second})
+    assert [rows.index(y) for y, _ in first] == [0, 1, 2, 0, 1]
+    assert [across.index(x) for _, x in first] == [0, 0, 0, 2, 2]
+    assert [across.index(x) for _, x in second] == [1, 1, 1, 3, 3]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ray_pipeline.attempts import Superseded
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.events import read_events
+from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.retention import obsolete_names
 from ray_pipeline.training.records import PhaseRecords
 from ray_pipeline.training.sample_log import SampleLog
@@ -237,3 +238,20 @@ def test_what_earlier_attempts_left_behind_goes_with_the_first_commit(run):
         assert records.commits.saver.drain(60)
     assert not folder.exists()
     assert committed(run) == [4]
+
+
+def test_a_sink_that_cannot_be_opened_is_a_fault_of_the_run_and_nothing_more(run):
+    """A file stands where TensorBoard's folder would be."""
+    Path(run.config.output_dir, "logs").mkdir(parents=True)
+    Path(run.config.output_dir, "logs", "tensorboard").write_text("in the way")
+    settings = run.config.monitoring.model_copy(update={"tensorboard": True})
+    run.config = run.config.model_copy(update={"monitoring": settings})
+    with PhaseRecords(run) as records:
+        until = time.monotonic() + 60
+        while not told(run, "fault") and time.monotonic() < until:
+            records.note_step()
+            time.sleep(0.05)
+    (fault,) = told(run, "fault")
+    assert fault["kind"] == "monitoring"
+    assert "monitoring by tensorboard is switched off" in fault["message"]
+    assert "monitoring by tensorboard" in phase_state.load(records.state_file).history[-1].message

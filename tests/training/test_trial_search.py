@@ -10,7 +10,7 @@ from ray_pipeline.config import parse_config
 from ray_pipeline.sweep_records import EpochResult, SweepRecord, TrialRecord, read_sweep
 from ray_pipeline.sweep_space import point
 from ray_pipeline.training.sweep import _Driver
-from ray_pipeline.training.trial import EPOCH, LOSS
+from ray_pipeline.training.trial import EPOCH
 from ray_pipeline.training.trial_search import optuna_search, scheduler
 
 PHASES = [
@@ -101,8 +101,8 @@ def test_halving_judges_by_trials_of_an_earlier_start_too(driver, loss, asked):
     record.trials += [trial(number, "finished", loss=1.0, **{"model.dropout": 0.0}) for number in range(3)]
     made = driver(record, epochs=4, grace_epochs=2)
     halving = scheduler(made.config, record, made.notes)
-    assert halving.set_search_properties(LOSS, "min")
+    assert halving.set_search_properties("val_loss", "min")
     new = SimpleNamespace(trial_id="new", config={"number": 3})
     halving.on_trial_add(None, new)
-    halving.on_trial_result(None, new, {EPOCH: 2, LOSS: loss})
+    halving.on_trial_result(None, new, {EPOCH: 2, "val_loss": loss})
     assert ray.get(made.notes.asked.remote(3)) == asked

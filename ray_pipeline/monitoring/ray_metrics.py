@@ -1,0 +1,80 @@
+"""Ray's own metrics: gauges that each node serves to Prometheus, named ray_pipeline_..., by run and phase."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+from ray.util.metrics import Counter, Gauge
+
+from ray_pipeline.monitoring.events import CheckpointEvent, Event, FaultEvent, StepEvent, ValidationEvent
+from ray_pipeline.monitoring.sink import SinkContext
+
+_TAGS = ("run", "phase")
+#: by gauge: field of a StepEvent, and what it is
+STEP_GAUGES = {
+    "train_loss": ("loss", "Training loss, mean over all ranks."),
+    "step": ("step", "Optimizer steps done in the phase."),
+    "epoch": ("epoch", "Epoch in progress, from 1."),
+    "learning_rate": ("lr", "Learning rate of the last step."),
+    "gradient_norm": ("grad_norm", "Norm of the joint gradient before clipping."),
+    "samples_per_second": ("samples_per_second", "Training samples a second, over all ranks."),
+    "step_seconds": ("step_seconds", "Seconds of a step."),
+    "data_wait_seconds": ("data_wait_seconds", "Seconds of a step that rank 0 waits for data."),
+    "compute_seconds": ("compute_seconds", "Seconds of a step in the forward and backward passes."),
+    "utilisation": ("utilisation", "Floating-point operations of the network over the device's peak, 0 to 1."),
+    "memory_bytes": ("memory_bytes", "Most memory so far: allocated on the GPU, or resident on a CPU."),
+}
+OTHER_GAUGES = {
+    "val_loss": "Validation loss of the average that checkpoints are judged by.",
+    "checkpoint_seconds": "Seconds for which training stood still for the last checkpoint.",
+    "checkpoint_write_seconds": "Seconds that writing the last checkpoint took.",
+}
+COUNTERS = {
+    "skipped_steps": "Steps without a finite loss or gradient.",
+    "faults": "Things that went wrong while the run went on.",
+}
+
+
+class RayMetrics:
+    """Sink: the newest values of one phase. What is not finite is left out: a gauge holds its last value then."""
+
+    def __init__(self, context: SinkContext):
+        self._tags = {"run": context.run_dir.name, "phase": context.phase}
+        self._average: str | None = None
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, StepEvent):
+            for name, (field, words) in STEP_GAUGES.items():
+                self._set(name, words, getattr(event, field))
+            self._count("skipped_steps", event.skipped)
+        elif isinstance(event, ValidationEvent):
+            self._average = self._average or event.ema  # the first of several is the one that decides
+            if event.ema == self._average:
+                self._set("val_loss", OTHER_GAUGES["val_loss"], event.loss)
+        elif isinstance(event, CheckpointEvent):
+            self._set("checkpoint_seconds", OTHER_GAUGES["checkpoint_seconds"], event.seconds)
+            self._set("checkpoint_write_seconds", OTHER_GAUGES["checkpoint_write_seconds"], event.write_seconds)
+        elif isinstance(event, FaultEvent):
+            self._count("faults", 1)
+
+    def close(self) -> None:
+        """Ray reports what was set until the process ends."""
+
+    def _set(self, name: str, words: str, value: float) -> None:
+        if math.isfinite(value):
+            _gauge(name, words).set(value, tags=self._tags)
+
+    def _count(self, name: str, number: int) -> None:
+        if number:
+            _counter(name, COUNTERS[name]).inc(number, tags=self._tags)
+
+
+@cache  # one of a name a process
+def _gauge(name: str, words: str) -> Gauge:
+    return Gauge(f"pipeline_{name}", description=words, tag_keys=_TAGS)
+
+
+@cache
+def _counter(name: str, words: str) -> Counter:
+    return Counter(f"pipeline_{name}", description=words, tag_keys=_TAGS)

@@ -1,0 +1,42 @@
+"""What takes the events of a run beside its metrics.jsonl.
+
+A sink is made by a function of a SinkContext and has two methods, emit(event) and close(). It lives in a thread of its
+own on rank 0, from where nothing that it does or fails to do reaches the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray_pipeline.monitoring.events import Event, from_record
+from ray_pipeline.monitoring.metrics_file import read_events
+
+
+@dataclass(frozen=True)
+class SinkContext:
+    """Whose events come. config: the run's, as plain values; resume_step: events up to this step were told to earlier
+    attempts, which may have told of later ones too; None: there was none."""
+
+    run_dir: Path
+    phase: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    resume_step: int | None = None
+
+    def recorded(self) -> Iterator[Event]:
+        """Events with numbers that earlier attempts recorded and that still hold."""
+        for record in read_events(self.run_dir, self.phase) if self.resume_step is not None else ():
+            if record["event"] in ("step", "validation", "checkpoint") and record["step"] <= self.resume_step:
+                yield from_record(record)
+
+
+class Sink(Protocol):
+    """What takes events, in the order in which they come."""
+
+    def emit(self, event: Event) -> None:
+        """Take one event."""
+
+    def close(self) -> None:
+        """No more will come."""

@@ -1,0 +1,121 @@
+"""TensorBoard's own file format (TFRecord of Event messages), one event file a start.
+
+tensorboardX's SummaryWriter is passed over for its messages alone: its queue holds events back for up to two minutes,
+its writer thread dies on a full disk and the caller then waits for ever, and its file names, one a second, let a quick
+restart overwrite the attempt before it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from io import BytesIO, FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ray_pipeline.json_lines import write_whole
+from ray_pipeline.monitoring.events import Event, SampleEvent, curves, note
+from ray_pipeline.monitoring.sink import SinkContext
+
+PREVIEW_PIXELS = 1024
+_HYPERPARAMETERS = ("model", "optimizer", "train", "ema", "scheduler", "hint_control")
+
+
+class TensorBoard:
+    """Sink: curves, texts, pictures and hyperparameters of one phase in logs/tensorboard/<phase>.
+
+    What earlier attempts wrote after context.resume_step is hidden by a mark that TensorBoard knows; points up to it
+    that a kill kept from the disk are written now.
+    """
+
+    def __init__(self, context: SinkContext):
+        # tensorboardX imports torch, which importers of this module need not have loaded.
+        from tensorboardX import summary
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import masked_crc32c
+
+        self._summary, self._event, self._checksum = summary, event_pb2.Event, masked_crc32c
+        self._run_dir = context.run_dir
+        folder = context.run_dir / "logs" / "tensorboard" / context.phase
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = sorted(folder.iterdir())
+        # TensorBoard reads the files of a folder in the order of their names, so the name begins with time.
+        name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = FileIO(folder / name, "x")
+        self._write(file_version="brain.Event:2")
+        if context.resume_step is not None:
+            # A session that starts at step k hides what earlier files hold from step k on (purge_step).
+            self._write(step=context.resume_step + 1, session_log={"status": event_pb2.SessionLog.START})
+            known = {point for path in earlier for point in _points(path, self._event)}
+            for event in context.recorded():
+                self._write_curves(event, [tag for tag in curves(event) if (tag, event.step) not in known])
+        if not earlier and context.config:
+            values = hyperparameters(context.config, context.phase)
+            for part in summary.hparams(values, {"validation/loss": math.nan}):
+                self._write(summary=part)
+
+    def emit(self, event: Event) -> None:
+        self._write_curves(event, list(curves(event)))
+        told = note(event)
+        if told:
+            self._write(step=int(event.step), summary=self._summary.text(*told))
+        if isinstance(event, SampleEvent):
+            self._write_picture(event)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write_curves(self, event: Event, tags: list[str]) -> None:
+        points = curves(event)
+        if tags:
+            values = [{"tag": tag, "simple_value": float(points[tag])} for tag in tags]
+            self._write(step=int(event.step), summary={"value": values})
+
+    def _write_picture(self, event: SampleEvent) -> None:
+        # The record's checksum runs in Python at 0.3 s a MiB: hence one channel for gray, and a small preview.
+        pixels = np.asarray(Image.open(self._run_dir / event.image_path).convert("RGB"))
+        gray = (pixels == pixels[..., :1]).all()
+        picture = Image.fromarray(pixels[..., 0] if gray else pixels)
+        picture = picture.reduce(math.ceil(max(picture.size) / PREVIEW_PIXELS))
+        buffer = BytesIO()
+        picture.save(buffer, format="PNG")
+        image = {"height": picture.height, "width": picture.width, "colorspace": len(picture.getbands())}
+        value = {"tag": "samples", "image": {**image, "encoded_image_string": buffer.getvalue()}}
+        self._write(step=int(event.step), summary={"value": [value]})
+
+    def _write(self, **event_fields: Any) -> None:
+        data = self._event(wall_time=time.time(), **event_fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = (struct.pack("<I", self._checksum(part)) for part in (length, data))
+        write_whole(self._file, length + next(checksums) + data + next(checksums))
+
+
+def hyperparameters(config: Mapping[str, Any], phase: str) -> dict[str, bool | int | float | str]:
+    """What may be varied from run to run, by key; the phase's own stand under `phase`."""
+    own = next((one for one in config["phases"] if one["name"] == phase), {})
+    sections = {name: config[name] for name in _HYPERPARAMETERS} | {"phase": own}
+    found = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    plain = {key: value for key, value in found.items() if isinstance(value, bool | int | float | str)}
+    return {"seed": config["seed"], **plain}
+
+
+def _points(path: Path, kind: type) -> Iterator[tuple[str, int]]:
+    """(tag, step) of the numbers in an event file, up to a torn end."""
+    data, at = path.read_bytes(), 0
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        end = at + 16 + length
+        if end > len(data):
+            return
+        event = kind.FromString(data[at + 12 : at + 12 + length])
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                yield value.tag, event.step
+        at = end
