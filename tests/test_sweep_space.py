@@ -17,9 +17,9 @@ PHASES = [
 ]
 
 
-def config_of(space, seed=0, **sweep):
+def config_of(space, seed=0, model=None, **sweep):
     sweep = {"enabled": True, "space": space, "epochs": 2, **sweep}
-    return parse_config({"phases": PHASES, "seed": seed, "sweep": sweep})
+    return parse_config({"phases": PHASES, "seed": seed, "sweep": sweep, "model": model or {}})
 
 
 def points(config, number=None):
@@ -180,8 +180,8 @@ def test_weights_given_to_a_phase_that_the_best_trial_begins_are_refused():
 
 def test_trials_that_end_before_averages_begin_are_warned_of(tmp_path):
     space = {"ema.decay": {"grid": [0.9, 0.99]}, "model.dropout": {"grid": [0.0, 0.1]}}
-    changes = {"output_dir": str(tmp_path), "model.architecture": "DiT-S/8", "ema.start_step": 20}
-    config = with_values(config_of(space), changes, "a test")
+    small = {"architecture": "custom", "depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 8}
+    config = with_values(config_of(space, model=small), {"output_dir": str(tmp_path), "ema.start_step": 20}, "a test")
     with pytest.warns(UserWarning, match=r"trials end at step 2, and averages begin at ema.start_step=20"):
         pipeline.check_room(config, [config.train.global_batch] * 2)
     with warnings.catch_warnings():
