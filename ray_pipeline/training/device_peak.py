@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -42,6 +44,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that this process had allocated on a GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # whose getrusage(2) begins from the most of the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
