@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from ray_pipeline.cli_data import add_data_commands
 from ray_pipeline.cli_inference import add_inference_commands
@@ -59,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     train = _add(commands, "train", _train, "the main job: all that is missing, then every phase")
     add_config(train)
-    train.add_argument("--resume", action="store_true", help="go on where the run in output_dir stopped")
+    train.add_argument(
+        "--resume", nargs="?", const=True, default=False, choices=[True, "auto"], metavar="auto",
+        help="go on where the run in output_dir stopped; with --resume=auto, begin one where there is none",
+    )  # fmt: skip
     train.add_argument(
         "--allow-change", action="append", default=[], metavar="KEY",
         help="with --resume: let this key, or all of a section (optimizer, phases.1), differ from the run's config",
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_loudness(sweep)
     add_inference_commands(partial(_add, commands))
     status = _add(commands, "status", _status, "print where a run stands", "ray-pipeline status demo_output/run")
-    status.add_argument("run", type=Path, help="the run's output_dir")
+    status.add_argument("run", help="the run's output_dir")
     status.add_argument(
         "--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS",
         help="print it anew every so many seconds (5) until the run has ended or Ctrl-C",
@@ -148,6 +150,7 @@ def print_store(store: str) -> None:
 def _train(arguments) -> None:
     from ray_pipeline import pipeline
     from ray_pipeline.status import describe_run
+    from ray_pipeline.storage import Folder
 
     config = _load(arguments)
     if arguments.dry_run:
@@ -165,16 +168,18 @@ def _train(arguments) -> None:
         return
     print(ascii_text(describe_run(run_dir)))
     print()
-    print(f"pictures  {run_dir / 'samples'}")
-    print(f"          {run_dir / 'plots'}")
-    print(f"weights   {ascii_text(config.checkpoint.store or str(run_dir / 'checkpoints'))}")
+    at = Folder(run_dir).child
+    lines = [f"pictures  {at('samples')}", f"          {at('plots')}"]
+    lines.append(f"weights   {config.checkpoint.store or at('checkpoints')}")
     if config.monitoring.report:
-        print(f"report    {run_dir / 'report.html'}")
-    print(f"records   tensorboard --logdir {run_dir / 'logs' / 'tensorboard'}")
+        lines.append(f"report    {at('report.html')}")
+    lines.append(f"records   tensorboard --logdir {at('logs', 'tensorboard')}")
+    print(ascii_text("\n".join(lines)))
 
 
 def _sweep(arguments) -> None:
     from ray_pipeline import pipeline
+    from ray_pipeline.storage import Folder
 
     folder = pipeline.sweep(
         _load(arguments),
@@ -184,9 +189,8 @@ def _sweep(arguments) -> None:
     )
     if arguments.quiet:
         return
-    print(f"results   {folder / 'results.csv'}")
-    print(f"          {folder / 'sweep.png'}")
-    print(f"winner    {folder / 'winner.json'}")
+    at = Folder(folder).child
+    print(ascii_text(f"results   {at('results.csv')}\n          {at('sweep.png')}\nwinner    {at('winner.json')}"))
     print(f"next      ray-pipeline train {config_words(arguments)} --resume")
 
 

@@ -86,7 +86,7 @@ def _add_ema(add: Add) -> None:
         "make the weights of a power-function average of any width from a run's snapshots",
         "ray-pipeline ema demo_output/run --std 0.08",
     )
-    parser.add_argument("run", type=Path, help="the run's output_dir")
+    parser.add_argument("run", help="the run's output_dir")
     parser.add_argument(
         "--std", type=float, required=True, metavar="S", help="relative width, such as 0.08 (at most 0.288)"
     )

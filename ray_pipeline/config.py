@@ -31,6 +31,7 @@ from ray_pipeline.sections import (
     VaeConfig,
     flatten,
 )
+from ray_pipeline.storage import Folder, is_uri
 from ray_pipeline.sweep_sections import SweepConfig
 
 # what pydantic says in Python's words
@@ -124,6 +125,8 @@ class Config(Section):
     @property
     def checkpoint_store(self) -> str:
         """Where the run's checkpoints lie: a path or a URI."""
+        if self.checkpoint.store is None and is_uri(self.output_dir):
+            return Folder(self.output_dir).child("checkpoints").location
         return self.checkpoint.store or f"{self.output_dir}/checkpoints"
 
     def has_lora(self, phase: PhaseConfig) -> bool:

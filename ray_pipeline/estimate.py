@@ -18,7 +18,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.models.noise_embedding import FREQUENCIES
 from ray_pipeline.monitoring.progress import format_bytes, format_count, format_seconds
 from ray_pipeline.phase_sections import PhaseConfig
-from ray_pipeline.storage import is_uri
+from ray_pipeline.storage import Folder, is_uri
 from ray_pipeline.sweep_records import read_winner
 from ray_pipeline.sweep_space import continues, count, decays, phase_index
 from ray_pipeline.training.build import make_network, precision
@@ -29,6 +29,7 @@ ASSUMED_EFFICIENCY = 0.5
 _FLOAT, _HALF = 4, 2
 #: kept for the backward pass, a token, block and unit of hidden size; counted with saved-tensor hooks
 _ACTIVATION_BYTES = {"fp32": 85, "bf16": 55}
+_PROBE = "ray_pipeline_writes_here"
 _MARGIN = 1.05  # room for logs, pictures and file headers
 
 
@@ -193,8 +194,13 @@ def check_disk(folder: str | Path, need: int, key: str) -> None:
 
 
 def check_writable(folder: str | Path, key: str) -> None:
-    """UserError when nothing can be written below `folder`; object storage answers when it is written to."""
+    """UserError when nothing can be written below `folder`; in object storage a small file is."""
     if is_uri(str(folder)):
+        try:
+            Folder(folder).write(_PROBE, b"")
+            Folder(folder).remove([_PROBE])
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
         return
     place = _existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from ray_pipeline import estimate
 from ray_pipeline.checkpoints import CheckpointStore, DamagedCheckpoint, open_checkpoint
@@ -19,10 +20,11 @@ from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.environment import environment
 from ray_pipeline.monitoring.sinks import chosen_sinks
 from ray_pipeline.ray_session import ray_session
-from ray_pipeline.resume import open_run
+from ray_pipeline.resume import holds_run, open_run
 from ray_pipeline.retention import best_of
+from ray_pipeline.run_copy import location_of, reading_copy, run_path, working_copy
 from ray_pipeline.run_state import mend_state
-from ray_pipeline.storage import Folder
+from ray_pipeline.storage import Folder, is_uri
 from ray_pipeline.sweep_records import read_sweep, read_winner, sweep_folder
 from ray_pipeline.sweep_space import check_space, continues, decays, phase_index
 from ray_pipeline.sweeping import confirm, found_config, search, served_phase
@@ -30,20 +32,23 @@ from ray_pipeline.training.launch import check_resources, run_phase
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
 from ray_pipeline.training.sweep import trials_at_once
 
+Resume = bool | Literal["auto"]
+
 
 def train(
     config: Config,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     allow_changes: Sequence[str] = (),
     verbose: bool = False,
     profile: bool = False,
     say: Callable[[str], None] = print,
-) -> Path | None:
-    """Do all that is missing, then every phase; returns the run directory, None when all was done already.
+) -> str | None:
+    """Do all that is missing, then every phase; returns where the run lies, None when all was done already.
 
-    allow_changes: keys or sections in which a resume may differ from the run; `say` gets each difference. profile:
-    write a trace of a few steps of each phase.
+    resume: "auto" goes on with a run that is there, and begins one where there is none. allow_changes: keys or sections
+    in which a resume may differ from the run; `say` gets each difference. profile: write a trace of a few steps of each
+    phase.
     UserError: a run is there already and `resume` is False, or it cannot go on with this config.
     """
     config = _absolute(config)
@@ -52,12 +57,25 @@ def train(
     chosen_sinks(config.monitoring)
     if config.sweep.enabled:
         check_space(config)
+    with working_copy(config.output_dir, follow=True):
+        return _train(config, resume, allow_changes, verbose, profile, say)
+
+
+def _train(
+    config: Config,
+    resume: Resume,
+    allow_changes: Sequence[str],
+    verbose: bool,
+    profile: bool,
+    say: Callable[[str], None],
+) -> str | None:
     config = found_config(config, say, allow_changes)
-    start = open_run(config, resume=resume, allow=allow_changes)
+    start = open_run(config, resume=holds_run(config) if resume == "auto" else resume, allow=allow_changes)
     for line in start.describe_changes():
         say(f"changed   {line}")
     if start.is_finished():
-        say(f"the run in {start.run_dir} is finished, so there is nothing to resume; phases[].epochs may give it more")
+        words = f"the run in {config.output_dir} is finished, so there is nothing to resume"
+        say(f"{words}; phases[].epochs may give it more")
         return None
     if not start.begun:
         start.write_config()  # a start that fails over its data can be made again, with or without --resume
@@ -92,19 +110,24 @@ def train(
             )
             run_phase(config, job)
             confirm(config, index, say)
-    return start.run_dir
+    return config.output_dir
 
 
-def sweep(config: Config, *, resume: bool = False, verbose: bool = False, say: Callable[[str], None] = print) -> Path:
-    """Search alone, in a run whose phases before it are trained; `train --resume` goes on from the winner. Returns the
-    folder of the sweep. UserError: there is no such run, or its phases before are not finished."""
+def sweep(config: Config, *, resume: bool = False, verbose: bool = False, say: Callable[[str], None] = print) -> str:
+    """Search alone, in a run whose phases before it are trained; `train --resume` goes on from the winner. Returns
+    where the sweep lies. UserError: there is no such run, or its phases before are not finished."""
     config = _absolute(config)
     config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"enabled": True})})
-    if not Path(config.output_dir).is_dir():
+    check_space(config)
+    with working_copy(config.output_dir, follow=True):
+        return _sweep(config, resume, verbose, say)
+
+
+def _sweep(config: Config, resume: bool, verbose: bool, say: Callable[[str], None]) -> str:
+    if not holds_run(config):
         raise UserError(
             f"there is no run in {config.output_dir}; `ray-pipeline train` trains the phases before a sweep"
         )
-    check_space(config)
     winner = read_winner(config.output_dir)
     if winner is None and read_sweep(config.output_dir) is not None and not resume:
         raise UserError(f"{sweep_folder(config.output_dir)} holds a sweep already; go on with --resume")
@@ -126,7 +149,7 @@ def sweep(config: Config, *, resume: bool = False, verbose: bool = False, say: C
         encode(config, prepared)
         config = search(config, prepared.job.store, _first_weights(config), say)
     replace(start, config=config).write_config()
-    return sweep_folder(config.output_dir)
+    return location_of(sweep_folder(config.output_dir))
 
 
 def _first_weights(config: Config) -> str | None:
@@ -159,7 +182,7 @@ def note_plan(config: Config, samples: list[int]) -> None:
             progress.steps = estimate.estimate_phase(config, phase, count).steps
             progress.epochs = phase.epochs
     state.run["environment"] = environment()
-    state.save(Path(config.output_dir, phase_state.FILE))
+    state.save(run_path(config.output_dir, phase_state.FILE))
 
 
 def check_room(config: Config, samples: list[int]) -> None:
@@ -170,7 +193,8 @@ def check_room(config: Config, samples: list[int]) -> None:
     estimates = [estimate.estimate_phase(config, *pair) for pair in zip(config.phases, samples, strict=True)]
     sweep, store = estimate.estimate_sweep(config, estimates), config.checkpoint.store
     place, key = (store, "checkpoint.store") if store else (config.output_dir, "output_dir")
-    estimate.check_disk(place, estimate.output_bytes(estimates, sweep) - estimate.bytes_in(Path(place)), key)
+    need = estimate.output_bytes(estimates, sweep)
+    estimate.check_disk(place, need if is_uri(place) else need - estimate.bytes_in(Path(place)), key)
     if sweep is not None and len(decays(config)) > 1 and sweep.last_step <= config.ema.start_step:
         warnings.warn(
             f"trials end at step {sweep.last_step}, and averages begin at ema.start_step={config.ema.start_step}: the "
@@ -213,7 +237,8 @@ def dry_run(config: Config) -> str:
     config = _absolute(config)
     if config.sweep.enabled:
         check_space(config)
-    config = found_config(config, lambda line: None)
+    with reading_copy(config.output_dir):
+        config = found_config(config, lambda line: None)
     estimate.check_writable(config.output_dir, "output_dir")
     estimate.check_writable(encode_job(config).store, "data.latents")
     settings = config.data.simulate
@@ -251,7 +276,7 @@ def _absolute(config: Config) -> Config:
             "vae": vae,
             "checkpoint": checkpoint,
             "phases": phases,
-            "output_dir": _path(config.output_dir),
+            "output_dir": Folder(config.output_dir).location,
         }
     )
 

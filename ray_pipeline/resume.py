@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ray_pipeline import attempts
 from ray_pipeline.config import Config
@@ -13,8 +12,9 @@ from ray_pipeline.config_kinds import Kind, rule_of
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.phase_state import PhaseState
+from ray_pipeline.run_copy import run_path
 from ray_pipeline.run_state import CONFIG_FILE, committed, mend_state, read_state, recorded_config
-from ray_pipeline.storage import Folder, replace_file
+from ray_pipeline.storage import Folder, is_uri, replace_file
 from ray_pipeline.sweep_records import read_sweep, read_winner
 from ray_pipeline.sweep_space import with_winner
 
@@ -30,10 +30,6 @@ class Start:
     begun: bool
     changes: Sequence[Difference]
     allow: Sequence[str]
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.config.output_dir)
 
     def state(self) -> PhaseState:
         """As its file says now; rebuilt, and written, where that is lost or damaged."""
@@ -51,7 +47,7 @@ class Start:
 
     def write_config(self) -> None:
         """Replace config.yaml."""
-        replace_file(self.run_dir / CONFIG_FILE, self.config.to_yaml().encode())
+        replace_file(run_path(self.config.output_dir, CONFIG_FILE), self.config.to_yaml().encode())
 
     def accept(self, fingerprint: str) -> None:
         """Write down with what the run goes on: changes in its history, latents, config.yaml.
@@ -63,9 +59,9 @@ class Start:
         differs = self.begun and trained_on not in (None, fingerprint)
         if differs and LATENTS not in self.allow and not any(map(_changes_latents, self.changes)):
             raise UserError(
-                f"the run in {self.run_dir} was trained on other tiles, autoencoder or hint settings (latents "
-                f"{trained_on[:12]}, now {fingerprint[:12]}); give it those again, say --allow-change {LATENTS} to go "
-                "on with these, or set another output_dir"
+                f"the run in {self.config.output_dir} was trained on other tiles, autoencoder or hint settings "
+                f"(latents {trained_on[:12]}, now {fingerprint[:12]}); give it those again, say --allow-change "
+                f"{LATENTS} to go on with these, or set another output_dir"
             )
         if LATENTS in self.allow and not differs:
             raise UserError(f"--allow-change {LATENTS}: they are those that the run was trained on; leave it out")
@@ -76,7 +72,7 @@ class Start:
         state.run["latents"] = fingerprint
         # a phase has its place before it begins: who follows the run looks for it
         state.phases = {phase.name: state.phase(phase.name) for phase in self.config.phases} | state.phases
-        state.save(self.run_dir / phase_state.FILE)
+        state.save(run_path(self.config.output_dir, phase_state.FILE))
         self.write_config()
 
 
@@ -97,7 +93,7 @@ def open_run(config: Config, *, resume: bool, allow: Sequence[str] = ()) -> Star
     """
     if allow and not resume:
         raise UserError(f"--allow-change {allow[0]} is for a run that goes on; add --resume, or leave it out")
-    run_dir = Path(config.output_dir)
+    where = config.output_dir
     state, checkpoints = read_state(config).state, committed(config)
     begun = bool(
         checkpoints
@@ -106,34 +102,45 @@ def open_run(config: Config, *, resume: bool, allow: Sequence[str] = ()) -> Star
     )
     if not resume:
         if begun:
-            raise UserError(_occupied(config, run_dir))
+            raise UserError(_occupied(config))
         return Start(config, begun, (), ())
-    if not begun and not run_dir.is_dir():
-        raise UserError(f"output_dir={run_dir} does not exist, so there is nothing to resume; leave out --resume")
+    if not begun and not _is_there(where):
+        raise UserError(f"output_dir={where} does not exist, so there is nothing to resume; leave out --resume")
     keys = [key for key in allow if key != LATENTS]
-    before = recorded_config(run_dir, config.checkpoint_store)
-    winner, record = read_winner(run_dir), read_sweep(run_dir)
+    before = recorded_config(where, config.checkpoint_store)
+    winner, record = read_winner(where), read_sweep(where)
     # a kill may have come before config.yaml had what the sweep found
     if before is not None and winner is not None and record is not None:
         before = with_winner(before, record, winner)
     if not begun:  # a start that ended before its training did: nothing is stored that anything could differ from
         changes = [] if before is None else differences(before, config)
-        check_named(str(run_dir), changes, keys)
+        check_named(where, changes, keys)
         return Start(config, begun, changes, allow)
     _check_checkpoints(config, state, checkpoints)
     for phase, names in checkpoints.items():  # a kill may have come between a save and the state file
         state.phase(phase).checkpoints = names
-    changes = [] if before is None else accepted(str(run_dir), before, config, state, keys)
+    changes = [] if before is None else accepted(where, before, config, state, keys)
     mend_state(config)
     return Start(config, begun, changes, allow)
 
 
-def _occupied(config: Config, run_dir: Path) -> str:
-    if (run_dir / CONFIG_FILE).is_file() or (run_dir / phase_state.FILE).is_file():
-        return f"output_dir={run_dir} holds a run already; go on with --resume or set another output_dir"
+def holds_run(config: Config) -> bool:
+    """Whether `open_run` would have something to resume."""
+    return _is_there(config.output_dir) and recorded_config(config.output_dir, config.checkpoint_store) is not None
+
+
+def _is_there(output_dir: str) -> bool:
+    folder = run_path(output_dir)
+    return any(folder.iterdir()) if is_uri(output_dir) else folder.is_dir()
+
+
+def _occupied(config: Config) -> str:
+    files = (run_path(config.output_dir, name) for name in (CONFIG_FILE, phase_state.FILE))
+    if any(path.is_file() for path in files):
+        return f"output_dir={config.output_dir} holds a run already; go on with --resume or set another output_dir"
     return (
-        f"{config.checkpoint_store} holds checkpoints of a run already, though {run_dir} has no {CONFIG_FILE}; go on "
-        "with --resume, which takes the config of the newest checkpoint, or set another output_dir and checkpoint.store"
+        f"{config.checkpoint_store} holds checkpoints of a run already, though {config.output_dir} has no "
+        f"{CONFIG_FILE}; go on with --resume, which takes the config of the newest checkpoint, or set another output_dir and checkpoint.store"
     )
 
 

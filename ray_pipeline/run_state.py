@@ -16,6 +16,8 @@ from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.phase_state import HistoryEntry, PhaseProgress, PhaseState
 from ray_pipeline.retention import best_of
+from ray_pipeline.run_copy import run_path
+from ray_pipeline.storage import Folder, is_uri
 
 CONFIG_FILE = "config.yaml"
 DAMAGED = ".damaged"
@@ -34,22 +36,22 @@ def read_run(run_dir: str | Path, expected: str = "the output_dir of a training"
 
     UserError when there is no run; `expected`: what the user might have meant.
     """
-    run_dir = Path(run_dir)
-    config = recorded_config(run_dir, f"{run_dir}/checkpoints")
+    location = str(run_dir) if is_uri(str(run_dir)) else str(Path(run_dir))
+    config = recorded_config(location, Folder(location).child("checkpoints").location)
     if config is None:
-        what = f"no run (no {CONFIG_FILE})" if run_dir.is_dir() else "no run: there is nothing"
+        what = f"no run (no {CONFIG_FILE})" if run_path(location).is_dir() else "no run: there is nothing"
         raise UserError(f"{run_dir} holds {what}, expected {expected}; correct the path")
-    config = config.model_copy(update={"output_dir": str(run_dir)})
+    config = config.model_copy(update={"output_dir": location})
     found = read_state(config)
     if found.problem:
         _warn(f"{found.problem}; what is used here was rebuilt from checkpoints and records")
     return Run(config, found.state)
 
 
-def recorded_config(run_dir: Path, store: str) -> Config | None:
+def recorded_config(output_dir: str, store: str) -> Config | None:
     """The config that a run was begun with, from config.yaml or, with a warning, from its newest checkpoint in `store`;
     None where there is neither."""
-    path = run_dir / CONFIG_FILE
+    path = run_path(output_dir, CONFIG_FILE)
     if path.is_file():
         try:
             return load_config(path)
@@ -83,7 +85,7 @@ class FoundState:
 def read_state(config: Config) -> FoundState:
     """The state of the run in config.output_dir; rebuilt, in memory, where its file is lost or damaged. Where there is
     nothing to rebuild it from, a run has not begun, and a missing file is no problem."""
-    path = Path(config.output_dir, phase_state.FILE)
+    path = run_path(config.output_dir, phase_state.FILE)
     try:
         state = phase_state.load(path)
     except phase_state.DamagedState as error:
@@ -100,7 +102,7 @@ def mend_state(config: Config) -> PhaseState:
     """As read_state, and a rebuilt state is written; the damaged file stays beside it. Only who trains may do so."""
     found = read_state(config)
     if found.problem:
-        path = Path(config.output_dir, phase_state.FILE)
+        path = run_path(config.output_dir, phase_state.FILE)
         kept = ""
         if path.exists():
             os.replace(path, f"{path}{DAMAGED}")
@@ -120,7 +122,9 @@ def rebuild(config: Config) -> PhaseState:
     again at that step. Only metrics taken after the last checkpoint are lost (the gains by hints).
     """
     states = _states(CheckpointStore(config.checkpoint_store))
-    events = [event for event in read_events(config.output_dir) if event.get("event") in ("phase", "checkpoint")]
+    events = [
+        event for event in read_events(run_path(config.output_dir)) if event.get("event") in ("phase", "checkpoint")
+    ]
     state = PhaseState()
     for phase in (phase.name for phase in config.phases):
         own = {name: committed for name, committed in states.items() if committed.get("phase") == phase}

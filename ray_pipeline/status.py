@@ -12,16 +12,21 @@ from ray_pipeline.monitoring.events import STEP_PARTS
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.pace import time_left
 from ray_pipeline.monitoring.progress import format_bytes, format_seconds
+from ray_pipeline.run_copy import reading_copy, run_path
 from ray_pipeline.run_state import Run, read_run
+from ray_pipeline.storage import Folder
 from ray_pipeline.sweep_records import read_sweep, read_winner
 
 
 def describe_run(run_dir: str | Path) -> str:
     """Phases with progress, losses, checkpoints and time left, as text; UserError when there is no run."""
-    run_dir = Path(run_dir)
-    run = read_run(run_dir)
+    with reading_copy(run_dir):
+        return _describe(read_run(run_dir))
+
+
+def _describe(run: Run) -> str:
     config, state = run.config, run.state
-    lines = [f"run  {run_dir.absolute()}"]
+    lines = [f"run  {Folder(config.output_dir).location}"]
     for phase in config.phases:
         progress = state.phases.get(phase.name, phase_state.PhaseProgress())
         lines += ["", f"{phase.name}: {progress.status}"]
@@ -30,12 +35,12 @@ def describe_run(run_dir: str | Path) -> str:
             lines.append(f"  step {progress.step}/{progress.steps} ({percent}%), epoch {progress.epoch}/{phase.epochs}")
         lines += _losses(progress)
         if progress.status == "running":
-            lines += _pace(run, run_dir)
+            lines += _pace(run)
         if progress.best:
             lines.append(f"  best {progress.best.checkpoint}, validation loss {progress.best.val_loss:.4f}")
         if progress.last:
             lines.append(f"  checkpoints {', '.join(progress.checkpoints)}")
-    lines += _sweep(run_dir)
+    lines += _sweep(config.output_dir)
     if state.history:
         lines += ["", "latest events"]
         lines += [f"  {entry.time}  {entry.message}" for entry in state.history[-5:]]
@@ -46,17 +51,18 @@ def watch_run(run_dir: str | Path, seconds: float) -> Iterator[str]:
     """`describe_run` every so many seconds, until no phase or sweep can go on by itself: all are finished, or the run
     was stopped."""
     while True:
-        yield describe_run(run_dir)
-        run = read_run(Path(run_dir))
+        with reading_copy(run_dir):
+            run = read_run(run_dir)
+            yield _describe(run)
         found = [run.state.phases.get(phase.name, phase_state.PhaseProgress()) for phase in run.config.phases]
         if all(progress.status == "finished" for progress in found) or any(p.status == "stopped" for p in found):
             return
         time.sleep(seconds)
 
 
-def _sweep(run_dir: Path) -> list[str]:
+def _sweep(output_dir: str) -> list[str]:
     """Trials with their status and newest loss, and what won."""
-    record, winner = read_sweep(run_dir), read_winner(run_dir)
+    record, winner = read_sweep(output_dir), read_winner(output_dir)
     if record is None:
         return []
     lines = ["", f"sweep: {'finished' if winner else 'running or to be gone on with'}"]
@@ -93,9 +99,9 @@ def _losses(progress: phase_state.PhaseProgress) -> list[str]:
     return lines
 
 
-def _pace(run: Run, run_dir: Path) -> list[str]:
+def _pace(run: Run) -> list[str]:
     """Throughput, where a step's time goes, and the time left; nothing before the first record."""
-    records = read_events(run_dir)
+    records = read_events(run_path(run.config.output_dir))
     steps = [record for record in records if record["event"] == "step" and record["phase"] == run.state.current_phase]
     if not steps:
         return []

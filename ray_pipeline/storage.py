@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
@@ -28,6 +29,13 @@ class StorageError(UserError):
 def is_uri(text: str) -> bool:
     """Whether a location is a URI such as s3://bucket/folder, and not a path."""
     return "://" in text
+
+
+class FileStamp(NamedTuple):
+    """By which a change of a file is seen: bytes, and nanoseconds since 1970; object storage counts whole seconds."""
+
+    size: int
+    mtime_ns: int
 
 
 class Folder:
@@ -57,7 +65,8 @@ class Folder:
         return self.location
 
     @cached_property
-    def _opened(self) -> tuple[fs.FileSystem, str]:
+    def opened(self) -> tuple[fs.FileSystem, str]:
+        """The connection, and the path of the folder in it."""
         if not is_uri(self.location):
             return fs.LocalFileSystem(), self.location
         try:
@@ -71,7 +80,7 @@ class Folder:
     @property
     def local(self) -> Path | None:
         """The folder as a path of this machine, None in object storage."""
-        filesystem, path = self._opened
+        filesystem, path = self.opened
         return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
 
     def child(self, *names: str) -> Folder:
@@ -80,9 +89,9 @@ class Folder:
             return Folder(Path(self.location, *names))
         base, mark, query = self.location.partition("?")
         below = Folder("/".join([base, *map(quote, names)]) + mark + query)
-        if "_opened" in vars(self):  # one connection for all
-            filesystem, path = self._opened
-            vars(below)["_opened"] = filesystem, "/".join([path.rstrip("/"), *names])
+        if "opened" in vars(self):  # one connection for all
+            filesystem, path = self.opened
+            vars(below)["opened"] = filesystem, "/".join([path.rstrip("/"), *names])
         return below
 
     @property
@@ -106,19 +115,36 @@ class Folder:
     def size(self, name: str) -> int:
         """Bytes of a file, -1 where there is none."""
         with self.reaching(name):
-            found = self._opened[0].get_file_info(self._path(name))
+            found = self.opened[0].get_file_info(self._path(name))
         return found.size if found.type == fs.FileType.File else -1
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file in this folder by name, sorted; none where the folder is not there."""
-        filesystem, path = self._opened
+        filesystem, path = self.opened
         with self.reaching():
             listed = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return dict(sorted((info.base_name, info.size) for info in listed if info.type == fs.FileType.File))
 
+    def tree(self) -> dict[str, FileStamp]:
+        """Each file in this folder and below, by its path from here with slashes; none where it is not there."""
+        filesystem, path = self.opened
+        with self.reaching():
+            listed = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        return {
+            info.path.removeprefix(path.rstrip("/") + "/"): FileStamp(info.size, info.mtime_ns or 0)
+            for info in listed
+            if info.type == fs.FileType.File
+        }
+
+    def stamp(self, name: str) -> FileStamp | None:
+        """Of a file; None where there is none."""
+        with self.reaching(name):
+            found = self.opened[0].get_file_info(self._path(name))
+        return FileStamp(found.size, found.mtime_ns or 0) if found.type == fs.FileType.File else None
+
     def folders(self) -> list[str]:
         """Names of the folders in this folder, sorted; none where it is not there."""
-        filesystem, path = self._opened
+        filesystem, path = self.opened
         with self.reaching():
             listed = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return sorted(info.base_name for info in listed if info.type == fs.FileType.Directory)
@@ -135,12 +161,12 @@ class Folder:
     def open(self, name: str) -> pa.NativeFile:
         """A file for random access; FileNotFoundError where there is none. What it reads wants `reaching` around it."""
         with self.reaching(name):
-            return self._opened[0].open_input_file(self._path(name))
+            return self.opened[0].open_input_file(self._path(name))
 
     def stream(self, name: str) -> pa.NativeFile:
         """A file from its beginning to its end; else as `open`."""
         with self.reaching(name):
-            return self._opened[0].open_input_stream(self._path(name), buffer_size=_STREAM_BYTES)
+            return self.opened[0].open_input_stream(self._path(name), buffer_size=_STREAM_BYTES)
 
     def write(self, name: str, parts: Data | Iterable[Data]) -> None:
         """Write a file from its bytes, or their parts in order: a reader, or a kill, finds the old one or the new one,
@@ -155,7 +181,7 @@ class Folder:
                 self._upload(self._path(name), _parts(parts))
 
     def _upload(self, path: str, parts: Iterable[Data]) -> None:
-        filesystem, _ = self._opened
+        filesystem, _ = self.opened
         stream = filesystem.open_output_stream(path)  # the object is there once this is closed
         try:
             for part in parts:
@@ -172,17 +198,17 @@ class Folder:
         """Delete files that are there."""
         for name in names:
             with self.reaching(name), suppress(FileNotFoundError):
-                self._opened[0].delete_file(self._path(name))
+                self.opened[0].delete_file(self._path(name))
 
     def create(self) -> None:
         """Make the folder, where the storage has such things."""
         with self.reaching():
-            self._opened[0].create_dir(self._opened[1], recursive=True)
+            self.opened[0].create_dir(self.opened[1], recursive=True)
 
     def delete(self) -> None:
         """Delete the folder and all in it, if it is there."""
         with self.reaching(), suppress(FileNotFoundError):
-            self._opened[0].delete_dir(self._opened[1])
+            self.opened[0].delete_dir(self.opened[1])
 
     @contextmanager
     def reaching(self, name: str = "") -> Iterator[None]:
@@ -200,7 +226,7 @@ class Folder:
             raise StorageError(f"{self.where(name).rstrip('/')} cannot be used ({_reason(error)}); {remedy}") from error
 
     def _path(self, name: str) -> str:
-        return f"{self._opened[1].rstrip('/')}/{name}"
+        return f"{self.opened[1].rstrip('/')}/{name}"
 
 
 def _reason(error: BaseException) -> str:

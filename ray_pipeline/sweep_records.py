@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.run_copy import run_path
 from ray_pipeline.storage import replace_file
 
 FOLDER = "sweep"
@@ -123,7 +124,7 @@ class Winner(_Record):
 
 def sweep_folder(run_dir: str | Path) -> Path:
     """Where a run keeps its sweep."""
-    return Path(run_dir, FOLDER)
+    return run_path(run_dir, FOLDER)
 
 
 def read_sweep(run_dir: str | Path) -> SweepRecord | None:

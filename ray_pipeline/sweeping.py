@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import Config
@@ -12,6 +11,7 @@ from ray_pipeline.config_changes import differences
 from ray_pipeline.errors import UserError
 from ray_pipeline.estimate import sample_flops
 from ray_pipeline.monitoring import phase_state
+from ray_pipeline.run_copy import run_path
 from ray_pipeline.run_state import mend_state
 from ray_pipeline.storage import replace_file
 from ray_pipeline.sweep_records import SweepRecord, read_sweep, read_winner, sweep_folder
@@ -136,4 +136,4 @@ def _note(config: Config, event: str, words: str) -> None:
     """A line in the run's history."""
     state = mend_state(config)
     state.record(event, words)
-    state.save(Path(config.output_dir, phase_state.FILE))
+    state.save(run_path(config.output_dir, phase_state.FILE))

@@ -11,7 +11,7 @@ FLOORS = {
     "pipeline": 3, "encoding": 3, "sweeping": 3, "inference": 3, "estimate": 3, "status": 3, "check": 3,
     "training": 2,
     "data": 1,
-    "models": 0, "diffusion": 0, "monitoring": 0, "checkpoints": 0, "config": 0, "config_kinds": 0, "config_changes": 0,
+    "models": 0, "diffusion": 0, "monitoring": 0, "checkpoints": 0, "run_copy": 0, "config": 0, "config_kinds": 0, "config_changes": 0,
     "attempts": 0, "tensor_files": 0, "retention": 0, "run_state": 0, "resume": 0, "sections": 0, "phase_sections": 0,
     "sweep_sections": 0, "sweep_space": 0,
     "sweep_records": 0,

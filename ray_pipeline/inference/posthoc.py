@@ -16,7 +16,9 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.models.posthoc_ema import MAX_STD, Snapshot, profile_error, reconstruct
 from ray_pipeline.models.weights import header_in, save_weights
 from ray_pipeline.monitoring.phase_state import PhaseState
-from ray_pipeline.run_state import read_run
+from ray_pipeline.run_copy import reading_copy, run_path
+from ray_pipeline.run_state import Run, read_run
+from ray_pipeline.storage import is_uri
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Reconstruction:
 
 
 def make_average(
-    run_dir: Path, std: float, *, phase: str | None = None, step: int | None = None, out: Path | None = None
+    run_dir: str | Path, std: float, *, phase: str | None = None, step: int | None = None, out: Path | None = None
 ) -> Reconstruction:
     """Write the power-function average of relative width `std` at a snapshot's `step` (default: the newest) of a phase
     (default: the last that has snapshots) as weights that `sample` takes (Karras et al. 2024, Algorithm 3).
@@ -45,7 +47,14 @@ def make_average(
         )
     if out is not None and out.suffix != ".safetensors":
         raise UserError(f"--out {out}: expected a name that ends in .safetensors, which `sample` knows it by; add that")
-    run = read_run(run_dir)
+    if out is None and is_uri(str(run_dir)):
+        raise UserError(f"{run_dir} is a URI, so where to write the weights must be said; give --out FILE.safetensors")
+    with reading_copy(run_dir, averages=True):
+        return _make_average(read_run(run_dir), std, phase, step, out)
+
+
+def _make_average(run: Run, std: float, phase: str | None, step: int | None, out: Path | None) -> Reconstruction:
+    run_dir = run_path(run.config.output_dir)
     phase = _phase(run_dir, run.state, phase)
     stored = _snapshots(run_dir, phase)
     steps = sorted({checkpoint.state["step"] for checkpoint in stored})

@@ -18,6 +18,7 @@ from ray_pipeline.models.architectures import DOWNSCALE
 from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.models.dit import DiT
 from ray_pipeline.models.weights import WeightsHeader, header_in, load_weights_file
+from ray_pipeline.run_copy import reading_copy
 from ray_pipeline.run_state import read_run
 
 #: the average that validation used, or the weights themselves where there was none
@@ -136,7 +137,8 @@ def latent_stats(header: WeightsHeader) -> LatentStats:
 
 def _best_checkpoint(run: str) -> str:
     """Folder of the best checkpoint of the last phase that has one."""
-    found = read_run(run, f"a checkpoint folder ({SUFFIX}), a {_FILE} file or the output_dir of a training")
+    with reading_copy(run):
+        found = read_run(run, f"a checkpoint folder ({SUFFIX}), a {_FILE} file or the output_dir of a training")
     best = [progress.best.checkpoint for progress in found.state.phases.values() if progress.best is not None]
     if not best:
         raise UserError(

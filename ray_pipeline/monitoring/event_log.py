@@ -10,7 +10,6 @@ from pathlib import Path
 from queue import Full, Queue
 from typing import Any
 
-from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.events import Event
 from ray_pipeline.monitoring.metrics_file import MetricsFile, metrics_path
 from ray_pipeline.monitoring.sink import Sink, SinkContext
@@ -28,9 +27,8 @@ class EventLog:
     """Context manager that tells the events of one phase of the run in `run_dir`.
 
     sinks: their names. With `resume_step` N what earlier attempts of this phase told after step N is cut away in the
-    JSON lines, and hidden where a sink can; other phases are untouched. `run_dir` must be a local path (UserError
-    otherwise). A file that cannot be written, and a sink that fails or cannot keep up, are given up with one line in
-    `troubles`: monitoring never stops or slows training.
+    JSON lines, and hidden where a sink can; other phases are untouched. A file that cannot be written, and a sink that
+    fails or cannot keep up, are given up with one line in `troubles`: monitoring never stops or slows training.
     """
 
     def __init__(
@@ -42,11 +40,6 @@ class EventLog:
         config: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
     ):
-        if "://" in str(run_dir):
-            raise UserError(
-                f"output_dir {run_dir} is not a local path, and logs can only be appended to local files; "
-                "give the log a local folder."
-            )
         self._troubles: list[str] = []
         self._path, self._file = metrics_path(run_dir), None
         try:

@@ -16,10 +16,11 @@ from pathlib import Path
 from ray_pipeline.config import Config
 from ray_pipeline.json_lines import parse_line
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.events import restore_floats
-from ray_pipeline.monitoring.metrics_file import metrics_path, read_events
+from ray_pipeline.monitoring.events import EVENT_NAMES, restore_floats
+from ray_pipeline.monitoring.metrics_file import metrics_files, read_events
 from ray_pipeline.monitoring.phase_state import DamagedState, PhaseState
 from ray_pipeline.monitoring.progress import Progress
+from ray_pipeline.run_copy import run_path
 
 _POLL_SECONDS = 0.5
 #: between two drawings at least; and so many times as long as one takes, so that all of them take at most 1 %
@@ -33,9 +34,8 @@ class Follower:
 
     def __init__(self, config: Config, phase: str, *, progress: bool, report: bool):
         self.config, self.phase, self.show, self.report = config, phase, progress, report
-        self.run_dir = Path(config.output_dir)
-        self.path = metrics_path(config.output_dir)
-        self.offset = self.path.stat().st_size if self.path.exists() else 0
+        self.run_dir = run_path(config.output_dir)
+        self.read = {path: path.stat().st_size for path in metrics_files(self.run_dir)}  # bytes of each file
         self.progress: Progress | None = None
         self.changed, self.due_at = False, time.monotonic() + _PAUSE_SECONDS
         self._failed: set[str] = set()
@@ -65,18 +65,21 @@ class Follower:
 
     def _new_records(self) -> list[dict]:
         """Of this phase, whole lines that were appended since the last call."""
-        if not self.path.exists():
-            return []
+        # None where a resume has cut away the beginning of a line
+        lines = [line for path in metrics_files(self.run_dir) for line in self._new_lines(path)]
+        records = [record for line in lines if (record := parse_line(line)) is not None]
+        ours = [record for record in records if record.get("phase") == self.phase]
+        return [restore_floats(record) for record in ours if record["event"] in EVENT_NAMES.values()]
+
+    def _new_lines(self, path: Path) -> list[bytes]:
         # a resume cuts the file, so it may have become shorter than what was read
-        self.offset = min(self.offset, self.path.stat().st_size)
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
+        begin = min(self.read.get(path, 0), path.stat().st_size)
+        with path.open("rb") as file:
+            file.seek(begin)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        # None where a resume has cut away the beginning of a line
-        records = [record for line in whole.splitlines() if (record := parse_line(line)) is not None]
-        return [restore_floats(record) for record in records if record.get("phase") == self.phase]
+        self.read[path] = begin + len(whole)
+        return whole.splitlines()
 
     def _take(self, record: dict) -> None:
         self.changed = True

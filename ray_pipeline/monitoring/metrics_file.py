@@ -1,15 +1,23 @@
-"""logs/metrics.jsonl: every event of a run, one a line. It is what plots, reports and resumes read."""
+"""logs/metrics.jsonl: every event of a run, one a line. It is what plots, reports and resumes read.
+
+Of a run in object storage, which cannot append, they are logs/metrics/000001.jsonl and so on: a segment an attempt,
+whose first line says what it cuts away of those before. Readers join them.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 from ray_pipeline.json_lines import JsonLines, parse_line, whole_lines
 from ray_pipeline.monitoring.events import EVENT_NAMES, Event, FaultEvent, restore_floats, to_record
+from ray_pipeline.run_copy import is_copy
 from ray_pipeline.storage import replace_file
 
 logger = logging.getLogger(__name__)
+
+_SEGMENT = "segment"
 
 
 def metrics_path(run_dir: str | Path) -> Path:
@@ -17,36 +25,55 @@ def metrics_path(run_dir: str | Path) -> Path:
     return Path(run_dir) / "logs" / "metrics.jsonl"
 
 
+def metrics_files(run_dir: str | Path) -> list[Path]:
+    """The file, or the segments in their order; [] when there are none yet."""
+    path = metrics_path(run_dir)
+    return [path] if path.exists() else sorted(path.with_suffix("").glob("*.jsonl"))
+
+
 def read_events(run_dir: str | Path, phase: str | None = None, event: str | None = None) -> list[dict]:
     """The records of a run in the order written, non-finite floats restored; [] when there are none yet.
 
     A last line torn by a kill is left out; a damaged line elsewhere is left out with a warning.
     """
-    path = metrics_path(run_dir)
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(whole_lines(path.read_bytes()), start=1):
-        record = parse_line(line)
-        if record is None:
-            logger.warning("%s line %d is damaged and was left out", path, number)
-        elif phase in (None, record.get("phase")) and event in (None, record.get("event")):
-            records.append(restore_floats(record))
-    return records
+    return [
+        restore_floats(record)
+        for _, record in _told(run_dir, phase)
+        if phase in (None, record.get("phase")) and event in (None, record.get("event"))
+    ]
+
+
+def _told(run_dir: str | Path, phase: str | None = None) -> list[tuple[bytes, dict]]:
+    """Lines that hold, with their records, at least those of a phase."""
+    told: list[tuple[bytes, dict]] = []
+    for path in metrics_files(run_dir):
+        for number, line in enumerate(whole_lines(path.read_bytes()), start=1):
+            record = parse_line(line)
+            if record is None:
+                logger.warning("%s line %d is damaged and was left out", path, number)
+            elif record.get("event") == _SEGMENT:
+                told = [one for one in told if not _is_cut(one[1], record["phase"], record["resume_step"])]
+            elif phase in (None, record.get("phase")):
+                told.append((line, record))
+    return told
 
 
 def copy_records(source: str | Path, target: str | Path, phase: str, until: int) -> None:
     """Give the run `target` the steps, validations and faults of a phase of the run `source` up to a step, in place of
     those that it has of this phase."""
+    taken = [
+        line + b"\n"
+        for line, record in _told(source, phase)
+        if record.get("event") in ("step", "validation", "fault") and record["step"] <= until
+    ]
     path = metrics_path(target)
+    if is_copy(target):
+        replace_file(_next_segment(target), b"".join([_first_line(phase, -1), *taken]))
+        return
     lines = whole_lines(path.read_bytes()) if path.exists() else ()
-    kept = [line for line in lines if (parse_line(line) or {}).get("phase") != phase]
-    for line in whole_lines(metrics_path(source).read_bytes()):
-        record = parse_line(line) or {}
-        taken = record.get("event") in ("step", "validation", "fault") and record["phase"] == phase
-        kept += [line] if taken and record["step"] <= until else []
+    kept = [line + b"\n" for line in lines if (parse_line(line) or {}).get("phase") != phase]
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, b"".join(line + b"\n" for line in kept))
+    replace_file(path, b"".join(kept + taken))
 
 
 def cut_records(path: Path, phase: str, resume_step: int | None) -> None:
@@ -56,23 +83,39 @@ def cut_records(path: Path, phase: str, resume_step: int | None) -> None:
     """
     if not path.exists():
         return
-    kept = []
-    for line in whole_lines(path.read_bytes()):
-        record = parse_line(line)
-        ours = record is not None and record.get("phase") == phase
-        behind = resume_step is not None and ours and record.get("step", 0) > resume_step
-        if not behind or record.get("event") == EVENT_NAMES[FaultEvent]:  # what went wrong did so for good
-            kept.append(line + b"\n")
-    replace_file(path, b"".join(kept))
+    lines = whole_lines(path.read_bytes())
+    replace_file(path, b"".join(line + b"\n" for line in lines if not _is_cut(parse_line(line), phase, resume_step)))
+
+
+def _is_cut(record: dict | None, phase: str, resume_step: int | None) -> bool:
+    """Whether an attempt at `phase` that goes on behind `resume_step` makes this record anew; faults stay: what went
+    wrong did so for good."""
+    if record is None or resume_step is None or record.get("phase") != phase:
+        return False
+    return record.get("step", 0) > resume_step and record.get("event") != EVENT_NAMES[FaultEvent]
+
+
+def _next_segment(run_dir: str | Path) -> Path:
+    folder = metrics_path(run_dir).with_suffix("")
+    numbers = [int(path.stem) for path in folder.glob("*.jsonl")]
+    return folder / f"{max(numbers, default=0) + 1:06d}.jsonl"
+
+
+def _first_line(phase: str, resume_step: int | None) -> bytes:
+    return json.dumps({"event": _SEGMENT, "phase": phase, "resume_step": resume_step}).encode() + b"\n"
 
 
 class MetricsFile:
     """The open file, for the events of one phase. What earlier attempts wrote of it after `resume_step` is cut."""
 
     def __init__(self, run_dir: str | Path, phase: str, resume_step: int | None):
-        path = metrics_path(run_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cut_records(path, phase, resume_step)
+        if is_copy(run_dir):
+            path = _next_segment(run_dir)
+            replace_file(path, _first_line(phase, resume_step))
+        else:
+            path = metrics_path(run_dir)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cut_records(path, phase, resume_step)
         self._lines = JsonLines(path)
 
     def emit(self, event: Event) -> None:

@@ -40,7 +40,7 @@ class RayMetrics:
     """Sink: the newest values of one phase. What is not finite is left out: a gauge holds its last value then."""
 
     def __init__(self, context: SinkContext):
-        self._tags = {"run": context.run_dir.name, "phase": context.phase}
+        self._tags = {"run": context.run_name, "phase": context.phase}
         self._average: str | None = None
 
     def emit(self, event: Event) -> None:

@@ -19,7 +19,8 @@ from ray_pipeline.monitoring.pace import time_left
 from ray_pipeline.monitoring.phase_state import PhaseProgress, PhaseState
 from ray_pipeline.monitoring.progress import format_bytes, format_seconds
 from ray_pipeline.monitoring.report_pictures import chart_pictures, embedded_picture, sample_pictures
-from ray_pipeline.storage import replace_file
+from ray_pipeline.run_copy import location_of
+from ray_pipeline.storage import Folder, replace_file
 from ray_pipeline.sweep_records import SweepRecord, TrialRecord, Winner, read_sweep, read_winner, sweep_folder
 
 FILE, TEMPLATE = "report.html", "report.html.j2"
@@ -121,8 +122,8 @@ def _contents(run: _Run) -> dict[str, Any]:
     begun = [name for name in reversed(run.order) if name in told]
     samples = {name: sample_pictures(run.folder, run.events("sample", name)) for name in begun}
     return {
-        "name": run.folder.name,
-        "folder": str(run.folder),
+        "name": Folder(location_of(run.folder)).name,
+        "folder": location_of(run.folder),
         "kind": kind,
         "words": words,
         "written": phase_state.utc_now(),

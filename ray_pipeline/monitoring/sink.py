@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from ray_pipeline.monitoring.events import Event, from_record
 from ray_pipeline.monitoring.metrics_file import read_events
+from ray_pipeline.run_copy import location_of
+from ray_pipeline.storage import Folder
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class SinkContext:
     phase: str
     config: Mapping[str, Any] = field(default_factory=dict)
     resume_step: int | None = None
+
+    @property
+    def run_name(self) -> str:
+        """Last part of the run's location."""
+        return Folder(location_of(self.run_dir)).name
 
     def recorded(self) -> Iterator[Event]:
         """Events with numbers that earlier attempts recorded and that still hold."""

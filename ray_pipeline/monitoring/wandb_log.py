@@ -42,7 +42,7 @@ class WandbLog:
             mode=monitoring["wandb"],
             project=monitoring["wandb_project"],
             id=_run_id(folder / "run_id"),
-            name=context.run_dir.name,
+            name=context.run_name,
             config=dict(context.config),
             resume="allow" if monitoring["wandb"] == "online" else None,
             reinit="create_new",

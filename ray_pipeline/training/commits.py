@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.retention import checkpoint_name, obsolete_names
+from ray_pipeline.run_copy import share
 from ray_pipeline.training.saving import Outcome, Save, Saver, fits_in_memory
 from ray_pipeline.training.setup import PhaseRun
 
@@ -70,7 +72,10 @@ class Commits:
         strays = tuple(stray for stray in self._strays if stray not in self.states)
         obsolete = obsolete_names(run.phase, self.states, name) + strays
         replaceable = state["kind"] in ("safety", "stop")  # nothing makes an epoch's again
-        self.submit(Save(run.checkpoints, name, run.state.groups(), state, metadata, obsolete, replaceable))
+        # a run that goes on from this step has the records of all steps before
+        records = partial(share, run.config.output_dir)
+        groups = run.state.groups()
+        self.submit(Save(run.checkpoints, name, groups, state, metadata, obsolete, replaceable, first=records))
         self._pending[name] = time.perf_counter() - started
         self._plan_next()
         self.collect()

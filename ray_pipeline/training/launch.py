@@ -11,8 +11,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import ray
 import ray.train
@@ -23,6 +23,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray_pipeline.config import Config
 from ray_pipeline.errors import RunStopped, UserError, find_user_error
 from ray_pipeline.monitoring.follow import Follower
+from ray_pipeline.run_copy import refresh
+from ray_pipeline.storage import Folder
 from ray_pipeline.training.board import News, open_board
 from ray_pipeline.training.entry import train_on_worker
 from ray_pipeline.training.placement import check_resources, placement_in_words, uses_gpu, worker_resources
@@ -68,6 +70,7 @@ def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None
     with Follower(config, phase.name, progress=show, report=show and config.monitoring.report):
         while True:
             attendance = Attendance(config, board)
+            refresh(config.output_dir)  # what this process wrote is there for the workers, and theirs for what follows
             try:
                 attendance.attend(make_trainer(config, replace(job, stop=board)))
                 return
@@ -75,6 +78,8 @@ def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None
                 if attendance.news.committed == committed:
                     raise
                 committed = attendance.news.committed
+            finally:
+                refresh(config.output_dir)
 
 
 def make_trainer(config: Config, job: PhaseJob) -> ray.train.torch.TorchTrainer:
@@ -95,7 +100,7 @@ def make_trainer(config: Config, job: PhaseJob) -> ray.train.torch.TorchTrainer:
         run_config=ray.train.RunConfig(
             # a name of its own: Train would go on from the records of an older run of this name, ours are the truth
             name=f"{config.phases[job.phase].name}_{uuid.uuid4().hex[:12]}",
-            storage_path=str(Path(config.output_dir, "logs", "ray")),
+            **_ray_records(config),
             worker_runtime_env={} if uses_gpu(config) else {"env_vars": WORKER_ENVIRONMENT},
             failure_config=ray.train.FailureConfig(
                 max_failures=settings.max_failures,
@@ -106,6 +111,14 @@ def make_trainer(config: Config, job: PhaseJob) -> ray.train.torch.TorchTrainer:
             callbacks=[ControllerReports(job.stop)],
         ),
     )
+
+
+def _ray_records(config: Config) -> dict[str, Any]:
+    """Where Train keeps records of its own, which all nodes must see."""
+    folder = Folder(config.output_dir).child("logs", "ray")
+    if folder.local is not None:
+        return {"storage_path": str(folder.local)}
+    return dict(zip(("storage_filesystem", "storage_path"), folder.opened, strict=True))
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ray_pipeline.data.encode import STORED_TILES, STREAMED_TILES
 from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.retention import SKIP_WINDOW
+from ray_pipeline.run_copy import location_of, run_path
 from ray_pipeline.storage import replace_file
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import StepResult
@@ -25,7 +25,7 @@ class Trouble:
     first: int
     last: int
     again: bool
-    report: Path
+    report: str
 
 
 class SkippedSteps:
@@ -33,7 +33,7 @@ class SkippedSteps:
 
     def __init__(self, run: PhaseRun):
         self.run = run
-        self.path = Path(run.config.output_dir, "logs") / f"nonfinite_{run.phase.name}.json"
+        self.path = run_path(run.config.output_dir, "logs") / f"nonfinite_{run.phase.name}.json"
         self._steps: dict[int, StepResult] = {}
 
     def add(self, result: StepResult) -> Trouble | None:
@@ -43,7 +43,7 @@ class SkippedSteps:
         recent = [step for step in run.state.skipped if step > now - SKIP_WINDOW and step not in run.start.forgiven]
         if len(recent) <= run.config.train.max_skipped_steps:
             return None
-        return Trouble(recent[0], now, bool(run.start.forgiven), self.path)
+        return Trouble(recent[0], now, bool(run.start.forgiven), location_of(self.path))
 
     def describe(self) -> str:
         """The latest one in a sentence."""

@@ -15,6 +15,7 @@ import torch.distributed
 from ray_pipeline.data.stream import ReadAhead, stream
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.events import StepEvent
+from ray_pipeline.run_copy import working_copy
 from ray_pipeline.training.build import precision
 from ray_pipeline.training.device_peak import peak_flops, peak_memory
 from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
@@ -38,7 +39,8 @@ def train_phase(job: dict) -> None:
     UserError when that happens again.
     """
     job = PhaseJob(**job)
-    with StopWatch(job.stop) as watch:
+    first = ray.train.get_context().get_world_rank() == 0
+    with StopWatch(job.stop) as watch, working_copy(job.config["output_dir"], empty=not first):
         while (trouble := train_attempt(job, watch)) is not None:
             if trouble.again:
                 raise UserError(

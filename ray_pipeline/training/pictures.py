@@ -16,6 +16,7 @@ from ray_pipeline.models.autoencoder import Autoencoder, load_autoencoder
 from ray_pipeline.monitoring.event_log import EventLog
 from ray_pipeline.monitoring.events import SampleEvent
 from ray_pipeline.monitoring.tile_grid import Window, sample_grid
+from ray_pipeline.run_copy import run_path
 from ray_pipeline.training.nearest import nearest
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import stack_hints
@@ -38,11 +39,12 @@ def draw_samples(run: PhaseRun, events: EventLog, epoch: int) -> Path:
     autoencoder = load_autoencoder(run.config.vae.pretrained, device=run.device, precision=run.config.vae.precision)
     noise = torch.from_numpy(draw(run.config.seed, "samples", range(count), run.train_store.shape).noise)
     columns = _conditional(run, autoencoder, noise) if run.hints else _unconditional(run, autoencoder, noise)
-    path = Path(run.config.output_dir, "samples", run.phase.name) / f"samples_epoch_{epoch:03d}.png"
+    run_dir = run_path(run.config.output_dir)
+    path = run_dir / "samples" / run.phase.name / f"samples_epoch_{epoch:03d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{run.phase.name}, epoch {epoch}, step {run.state.step}"
     sample_grid(columns.tiles, path, captions=columns.captions, title=title, groups=columns.groups)
-    events.emit(SampleEvent(run.phase.name, run.state.step, epoch, str(path.relative_to(run.config.output_dir))))
+    events.emit(SampleEvent(run.phase.name, run.state.step, epoch, str(path.relative_to(run_dir))))
     return path
 
 

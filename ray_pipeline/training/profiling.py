@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from ray_pipeline.run_copy import run_path
 from ray_pipeline.training.setup import PhaseRun
 
 #: steps that are left aside, that the profiler itself needs, and that it records
@@ -26,7 +26,7 @@ def profiled(run: PhaseRun) -> Iterator[Callable[[], None]]:
     recorded = min(_RECORDED, left)
     warm_up = min(_WARM_UP, left - recorded)
     wait = min(_WAIT, left - recorded - warm_up)
-    folder = Path(run.config.output_dir, "logs", "profile")
+    folder = run_path(run.config.output_dir, "logs", "profile")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{run.phase.name}_step_{run.state.step + wait + warm_up + 1:08d}.json.gz"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()

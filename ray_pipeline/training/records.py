@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -18,6 +17,7 @@ from ray_pipeline.monitoring.event_log import EventLog
 from ray_pipeline.monitoring.events import CheckpointEvent, FaultEvent, PhaseEvent, ValidationEvent
 from ray_pipeline.monitoring.sinks import chosen_sinks
 from ray_pipeline.retention import best_of
+from ray_pipeline.run_copy import run_path
 from ray_pipeline.run_state import mend_state
 from ray_pipeline.storage import StorageError
 from ray_pipeline.training.build import precision
@@ -40,11 +40,11 @@ class PhaseRecords:
 
     def __init__(self, run: PhaseRun, tell: Callable[[int, str], None] | None = None):
         self.run, self.tell = run, tell
-        self.state_file = Path(run.config.output_dir, phase_state.FILE)
+        self.state_file = run_path(run.config.output_dir, phase_state.FILE)
         self.state = mend_state(run.config)
         self.progress = self.state.phase(run.phase.name)
         self.events = EventLog(
-            run.config.output_dir,
+            run_path(run.config.output_dir),
             run.phase.name,
             chosen_sinks(run.config.monitoring),
             config=run.job.config,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from ray_pipeline.json_lines import JsonLines
+from ray_pipeline.run_copy import run_path
 from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.step import StepInput
 
@@ -17,7 +17,7 @@ class SampleLog:
     and index, the positions in the phase's endless sequence."""
 
     def __init__(self, run: PhaseRun):
-        folder = Path(run.config.output_dir, "logs", "samples", run.phase.name)
+        folder = run_path(run.config.output_dir, "logs", "samples", run.phase.name)
         self.lines = JsonLines(folder / f"attempt_{run.start.attempt:06d}_rank_{run.rank}.jsonl")
 
     def __enter__(self) -> SampleLog:

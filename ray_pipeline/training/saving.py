@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Save:
     """What is to be committed as `name`.
 
     obsolete: names that this one makes superfluous. replaceable: itself superfluous once a later one waits. overwrite:
-    the same name may be there already, with equal contents.
+    the same name may be there already, with equal contents. first: what must be in the storage before it.
     """
 
     store: CheckpointStore
@@ -41,6 +41,7 @@ class Save:
     obsolete: tuple[str, ...] = ()
     replaceable: bool = True
     overwrite: bool = False
+    first: Callable[[], None] | None = None
 
     @property
     def bytes(self) -> int:
@@ -59,6 +60,8 @@ class Save:
         exception."""
         started = time.perf_counter()
         try:
+            if self.first is not None:
+                self.first()
             if self.overwrite:
                 self.store.delete(self.name)
             self.store.save(self.name, self.groups, self.state, self.metadata)

@@ -6,15 +6,19 @@ checkpoint is. Retention of checkpoints does not touch them.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.models.weights import WeightsHeader
+from ray_pipeline.storage import Folder
 from ray_pipeline.training.ema import PowerTrack
 from ray_pipeline.training.saving import Save
 from ray_pipeline.training.setup import PhaseRun
 
 FOLDER = "ema_snapshots"
+
+
+def snapshots_folder(output_dir: str, *phase: str) -> Folder:
+    """Where a run keeps its stored averages, or those of a phase."""
+    return Folder(output_dir).child(FOLDER, *phase)
 
 
 def snapshot_is_due(step: int, total_steps: int, count: int) -> bool:
@@ -33,7 +37,7 @@ def snapshot(run: PhaseRun, header: WeightsHeader) -> Save | None:
         return None
     header = header.model_copy(update={"step": updated})
     return Save(
-        store=CheckpointStore(Path(run.config.output_dir, FOLDER, run.phase.name), run.checkpoints.attempt),
+        store=CheckpointStore(snapshots_folder(run.config.output_dir, run.phase.name), run.checkpoints.attempt),
         name=f"{run.phase.name}_step_{run.state.step:08d}",
         groups={track.group: {key: value.half() for key, value in track.tensors().items()} for track in tracks},
         state={

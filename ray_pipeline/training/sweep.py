@@ -33,6 +33,7 @@ from ray_pipeline.monitoring.events import SweepEvent
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.phase_state import utc_now
 from ray_pipeline.monitoring.sinks import chosen_sinks
+from ray_pipeline.run_copy import refresh, run_path
 from ray_pipeline.storage import Folder
 from ray_pipeline.sweep_records import FOLDER, EpochResult, SweepRecord, TrialRecord, read_sweep, sweep_folder
 from ray_pipeline.sweep_space import Point, count, phase_index
@@ -128,8 +129,8 @@ class _Driver:
         self.config, self.job, self.record, self.folder, self.say = config, job, record, folder, say
         self.notes = open_notes()
         sinks = [name for name in chosen_sinks(config.monitoring) if name != "tensorboard"]  # it gets a page of its own
-        self.events = EventLog(config.output_dir, FOLDER, sinks, config=config.dump())
-        told = read_events(config.output_dir, FOLDER)  # a trial that is gone on with tells its epochs again
+        self.events = EventLog(run_path(config.output_dir), FOLDER, sinks, config=config.dump())
+        told = read_events(run_path(config.output_dir), FOLDER)  # a trial that is gone on with tells its epochs again
         self.told = {(event["trial"], event["epoch"], event["status"]) for event in told if event["event"] == "sweep"}
         self.trials = {trial.number: trial for trial in record.trials}
         self.search = TrialSearch(config, self.next_trial, optuna_search(config, record))
@@ -207,6 +208,7 @@ class _Driver:
     def note(self, number: int) -> TrialRecord:
         """Take over what a trial has recorded."""
         trial = self.record.trials[number]
+        refresh(self.config.output_dir)
         folder = trial_folder(self.config, trial.name)
         trial.results = epoch_results(folder, self.phase, self.job.epochs_before)
         self.record.save(self.folder)

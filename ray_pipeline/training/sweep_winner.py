@@ -6,9 +6,7 @@ import csv
 import io
 import json
 import math
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from ray_pipeline.monitoring.metrics_file import copy_records
 from ray_pipeline.monitoring.sweep_chart import plot_sweep
 from ray_pipeline.monitoring.sweep_log import log_trials
 from ray_pipeline.retention import checkpoint_name
+from ray_pipeline.run_copy import run_path
 from ray_pipeline.storage import Folder, replace_file
 from ray_pipeline.sweep_records import (
     FOLDER,
@@ -33,7 +32,8 @@ from ray_pipeline.sweep_records import (
 )
 from ray_pipeline.sweep_space import DECAY, PHASE, continues, decays, phase_index
 from ray_pipeline.training.ema import average_group
-from ray_pipeline.training.trial import searched_averages, trial_folder, trial_store
+from ray_pipeline.training.snapshots import snapshots_folder
+from ray_pipeline.training.trial import searched_averages, trial_dir, trial_folder, trial_store
 from ray_pipeline.training.validation import read_tile_losses, standard_error
 
 WINNER = "winner"
@@ -133,7 +133,7 @@ def adopt(config: Config, trial: TrialRecord, winner: Winner) -> bool:
     if continues(config):
         store.save(WINNER, last, *_adopted(config, last, winner, trial.results[-1]))
         return True
-    copy_records(trial_folder(config, trial.name), config.output_dir, winner.phase, winner.step)
+    copy_records(trial_folder(config, trial.name), run_path(config.output_dir), winner.phase, winner.step)
     _copy_snapshots(config, trial, winner.phase)
     store.begin(winner.phase, last.state["world_size"]).update(start_step=0)
     results = {result.step: result for result in trial.results}
@@ -165,7 +165,7 @@ def discard_trials(config: Config, record: SweepRecord) -> None:
     """Delete the checkpoints and stored averages of the trials, the winner's too, which was adopted; records stay."""
     for trial in record.trials:
         Folder(trial_store(config, trial.name)).delete()
-        shutil.rmtree(trial_folder(config, trial.name) / "ema_snapshots", ignore_errors=True)
+        snapshots_folder(trial_dir(config, trial.name)).delete()
 
 
 def write_results(config: Config, record: SweepRecord, candidates: list[Candidate]) -> None:
@@ -194,7 +194,7 @@ def write_results(config: Config, record: SweepRecord, candidates: list[Candidat
     title = f"sweep of {_phase(config)}: {len(record.trials)} trials"
     plot_sweep(record, candidates, by_average, folder / "sweep.png", title=title)
     if config.monitoring.tensorboard:
-        log_trials(config.output_dir, record)
+        log_trials(run_path(config.output_dir), record)
 
 
 def table(config: Config, record: SweepRecord, candidates: list[Candidate]) -> list[str]:
@@ -239,11 +239,13 @@ def _trial_checkpoint(config: Config, trial: TrialRecord) -> Checkpoint:
 
 def _copy_snapshots(config: Config, trial: TrialRecord, phase: str) -> None:
     """What `ray-pipeline ema` makes other averages from."""
-    source = trial_folder(config, trial.name) / "ema_snapshots" / phase
-    target = Path(config.output_dir, "ema_snapshots", phase)
-    shutil.rmtree(target, ignore_errors=True)
-    if source.exists():
-        shutil.copytree(source, target)
+    source = CheckpointStore(snapshots_folder(trial_dir(config, trial.name), phase))
+    target = CheckpointStore(snapshots_folder(config.output_dir, phase))
+    for name in target.names(phase):
+        target.delete(name)
+    for checkpoint in source.checkpoints(phase):
+        metadata = header_in(checkpoint.state, checkpoint.folder).metadata()
+        target.save(checkpoint.name, checkpoint, checkpoint.state, metadata)
 
 
 def _sweep_store(config: Config) -> CheckpointStore:

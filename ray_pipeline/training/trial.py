@@ -21,6 +21,7 @@ from ray_pipeline.checkpoints import Checkpoint, CheckpointStore, open_checkpoin
 from ray_pipeline.config import Config, parse_config
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.phase_state import utc_now
+from ray_pipeline.run_copy import run_path, working_copy
 from ray_pipeline.run_state import CONFIG_FILE
 from ray_pipeline.storage import Folder, replace_file
 from ray_pipeline.sweep_records import FOLDER, EpochResult, SweepRecord, sweep_folder
@@ -54,14 +55,19 @@ class SweepJob:
 
 
 def trial_folder(base: Config, name: str) -> Path:
-    """The run directory of a trial."""
+    """The run directory of a trial, on this machine."""
     return sweep_folder(base.output_dir) / name
+
+
+def trial_dir(base: Config, name: str) -> str:
+    """Its output_dir: path or URI."""
+    return Folder(base.output_dir).child(FOLDER, name).location
 
 
 def trial_store(base: Config, name: str) -> str:
     """Where its checkpoints lie: path or URI."""
     if base.checkpoint.store is None:
-        return str(trial_folder(base, name) / "checkpoints")
+        return Folder(trial_dir(base, name)).child("checkpoints").location
     return Folder(base.checkpoint.store).child(FOLDER).child(name).location
 
 
@@ -73,7 +79,7 @@ def trial_config(base: Config, name: str, values: Point) -> Config:
     candidates = decays(base) or (base.ema.decay,)
     followed = [decay for decay in (base.ema.decay, *base.ema.more_decays) if decay not in candidates]
     own = {
-        "output_dir": str(trial_folder(base, name)),
+        "output_dir": trial_dir(base, name),
         "checkpoint": base.checkpoint.model_dump(mode="json") | {"store": trial_store(base, name)},
         "sweep": {},
         "ema": base.ema.model_dump(mode="json") | {"decay": candidates[0], "more_decays": [*candidates[1:], *followed]},
@@ -131,14 +137,15 @@ def run_trial(values: dict[str, Any], *, sweep: SweepJob, notes: ActorHandle) ->
         return
     try:
         config = trial_config(base, values["name"], values["values"])
-        _train(config, base, sweep, number, notes)
+        with working_copy(config.output_dir, follow=True):
+            _train(config, base, sweep, number, notes)
     except Exception as error:
         ray.get(notes.fail.remote(number, f"{type(error).__name__}: {error}"))
         raise
 
 
 def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: ActorHandle) -> None:
-    folder, index, more = Path(config.output_dir), phase_index(base), continues(base)
+    folder, index, more = run_path(config.output_dir), phase_index(base), continues(base)
     phase, judged = config.phases[index].name, SweepRecord(averages=searched_averages(base))
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / CONFIG_FILE, config.to_yaml().encode())

@@ -15,6 +15,7 @@ import torch.distributed
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.listing import spread
 from ray_pipeline.diffusion.noise import draw
+from ray_pipeline.run_copy import run_path
 from ray_pipeline.storage import replace_file
 from ray_pipeline.training.ema import EMA, PowerTrack
 from ray_pipeline.training.setup import PhaseRun
@@ -133,7 +134,7 @@ def tile_losses_steps(run_dir: str | Path, phase: str) -> list[int]:
 
 
 def _tile_losses_folder(run_dir: str | Path, phase: str) -> Path:
-    return Path(run_dir, "logs", "validation", phase)
+    return run_path(run_dir, "logs", "validation", phase)
 
 
 def _fill(run: PhaseRun, network, own: np.ndarray, sigmas, losses, given: tuple[str, ...], shuffled: bool) -> None:
