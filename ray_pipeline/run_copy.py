@@ -81,10 +81,11 @@ def working_copy(output_dir: str | Path, *, follow: bool = False, empty: bool = 
 
 @contextmanager
 def reading_copy(output_dir: str | Path, *, averages: bool = False) -> Iterator[Path]:
-    """Within, the run's files as they are now, for reading (`averages`: stored ones, too); a local path is itself."""
+    """Within, the run's files as they are now, for reading; averages: the stored ones, too. A local path is itself."""
     text = str(output_dir)
-    if not is_uri(text):
-        yield Path(text)
+    if not is_uri(text) or _holding(text) is not None:
+        refresh(text)
+        yield run_path(text)
         return
     with tempfile.TemporaryDirectory(prefix="ray_pipeline_run_") as folder:
         apart = tuple(name for name in _APART if not (averages and name == "ema_snapshots"))
