@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from ray_pipeline.config import Config
@@ -90,6 +91,7 @@ class Follower:
 
     def _advance(self, record: dict) -> None:
         """The progress line."""
+        told = datetime.fromisoformat(record["time"]).timestamp()  # records of another node may come some at a time
         if record["event"] == "phase" and self.progress is None:
             state = self._state()
             self.progress = Progress(
@@ -97,14 +99,16 @@ class Follower:
                 self.phase,
                 start=record["step"],
                 samples_per_unit=self.config.train.global_batch,
+                clock=time.time,
+                began=told,
                 later_units=state.later_steps(self.phase, [phase.name for phase in self.config.phases]),
             )
         if self.progress is None:
             return
         if record["event"] == "step":
-            self.progress.update(record["step"], epoch=record["epoch"], loss=record["loss"])
+            self.progress.update(record["step"], at=told, epoch=record["epoch"], loss=record["loss"])
         elif record["event"] == "validation":
-            self.progress.update(record["step"], val=record["loss"])
+            self.progress.update(record["step"], at=told, val=record["loss"])
 
     def _draw(self) -> None:
         started, self.changed = time.monotonic(), False

@@ -83,7 +83,7 @@ class Progress:
     one in `min_seconds` (default 1 s on a terminal, 10 s elsewhere). The rate covers the last minute of this
     process, never the resumed part; with `samples_per_unit` (a step's global batch) it is in samples. With
     `later_units` of other jobs that follow (nan: unknown) the time left for all is told, too. A stream that fails is
-    given up silently: progress never stops the work. `clock` gives seconds.
+    given up silently: progress never stops the work. `clock` gives seconds, `began` is when this process began, by it.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Progress:
         samples_per_unit: int | None = None,
         later_units: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        began: float | None = None,
     ):
         self.total, self.label, self.unit = total, label, unit
         self.samples_per_unit, self.later_units = samples_per_unit, later_units
@@ -108,17 +109,18 @@ class Progress:
         self.clock = clock
         self.done = start
         self.values: dict[str, Any] = {}
-        self.started = clock()
+        self.started = clock() if began is None else began
         self.points: deque[tuple[float, int]] = deque([(self.started, start)])
         self.printed_at = -math.inf
         self.closed = False
 
-    def update(self, n: int, **values: Any) -> None:
-        """`n` units are done in all; `values` (loss=0.842, epoch="3/10") stay on the line until replaced."""
+    def update(self, n: int, *, at: float | None = None, **values: Any) -> None:
+        """`n` units are done in all, and were at the time `at`, which is now where nothing else is said; `values`
+        (loss=0.842, epoch="3/10") stay on the line until replaced."""
         now = self.clock()
         self.done = n
         self.values.update(values)
-        self._remember(now)
+        self._remember(now if at is None else at)
         if now - self.printed_at >= self.min_seconds:
             self.printed_at = now
             self._print(self.line(now), end="")

@@ -51,6 +51,16 @@ def test_rate_is_that_of_the_last_minute():
     assert progress.rate(clock.now) == pytest.approx(10.0, rel=0.02)
 
 
+def test_records_that_arrive_together_have_the_rate_of_their_own_times():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(100, "train", stream=stream, clock=clock, began=clock.now - 20.0)
+    for step in range(1, 11):
+        progress.update(step, at=clock.now - 20.0 + 2.0 * step)
+    assert progress.rate(clock.now) == pytest.approx(0.5)
+    progress.close()
+    assert lines_of(stream)[-1] == "train  step 10/100  10%  took 20s"
+
+
 def test_rate_of_slow_units_spans_more_than_the_window():
     clock = Clock()
     progress = Progress(10, "encode", stream=io.StringIO(), clock=clock)
