@@ -206,6 +206,7 @@ def test_an_offline_run_of_wandb_holds_every_point_the_config_and_the_pictures(t
                 log.emit(event)
             log.emit(SampleEvent(PHASE, last, 1, "grid.png"))
         assert log.troubles() == []
+        time.sleep(1)  # wandb names a folder by the second, and no run starts twice within one
     found, ids, pictures = {}, set(), 0
     for path in sorted((tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb")):
         for data in wandb_records(path.read_bytes()):
