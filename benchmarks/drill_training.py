@@ -7,7 +7,7 @@ Both phases, the second one low-rank, with dropout and in bf16, on two workers a
 a cluster of several nodes. A kill counts when its process was there, training, and is gone; a moment that missed is
 drawn again. Prints a line a kill. At the end of each run the last checkpoint of each phase (weights, averages,
 optimizer) and the stored averages are compared with those of an undisturbed run on the same latents, and the sample log
-with the plan; exits 1 where anything differs.
+with the plan; what the command said must be ASCII. Exits 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -199,6 +199,8 @@ def compare(drill: Drill, part: Part, run: SmallRun, store: str) -> list[str]:
             problems.append(f"{phase}: checkpoints {kept} are kept, expected {expected}")
         problems += unplanned_samples(run.folder, phase, plan, drill.steps[phase])
         attempts += len(logged_samples(run.folder, phase))
+    if not run.log.read_bytes().isascii():
+        problems.append(f"{run.log} holds bytes that are not ASCII")
     words = "; ".join(problems) or f"{compared} tensors equal bit for bit, samples as planned in {attempts} attempts"
     print(f"{run.folder.name}: {words}", flush=True)
     return problems
