@@ -11,12 +11,18 @@ from pathlib import Path
 import ray
 import torch
 
+from ray_pipeline import estimate
+from ray_pipeline.check_cluster import check_cluster
 from ray_pipeline.config import Config
+from ray_pipeline.data.reachable import check_reachable
+from ray_pipeline.encoding import remote_locations
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
-from ray_pipeline.ray_session import ray_session
+from ray_pipeline.ray_session import ray_session, session_address
+from ray_pipeline.storage import is_uri
 from ray_pipeline.training.build import make_edm, make_network, make_optimizer
-from ray_pipeline.training.placement import check_resources
+from ray_pipeline.training.nodes import shown
+from ray_pipeline.training.placement import alive_nodes, check_resources
 from ray_pipeline.training.setup import stream_cpus
 
 _PACKAGES = (
@@ -26,22 +32,29 @@ _PACKAGES = (
 
 
 def check(config: Config) -> Iterator[tuple[str, bool, str]]:
-    """Yield (what, works, in words) for versions, devices, autoencoder, Ray and one tiny training step."""
+    """Yield (what, works, in words) for versions, devices, autoencoder, Ray and one tiny training step; on a cluster
+    also for the job's plan against what it has."""
     yield "python", sys.version_info >= (3, 11), sys.version.split()[0]
     for package in _PACKAGES:
         yield _attempt(package, lambda package=package: importlib.metadata.version(package))
     yield "device", True, _describe_devices()
     yield _attempt("autoencoder", lambda: _try_autoencoder(config))
     yield _attempt("training step", lambda: _try_step(config))
-    yield _attempt("ray", lambda: _try_ray(config))
+    yield from _ray_lines(config)
     yield _attempt("output_dir", lambda: _try_folder(config.output_dir))
+    for key, location in remote_locations(config).items():
+        yield _attempt(key, lambda key=key, location=location: _try_bucket(key, location))
 
 
 def _attempt(what: str, action: Callable[[], str]) -> tuple[str, bool, str]:
     try:
         return what, True, action()
     except Exception as error:  # whatever is wrong with a set-up is a line of the answer, not a traceback
-        return what, False, f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return _failed(what, error)
+
+
+def _failed(what: str, error: Exception) -> tuple[str, bool, str]:
+    return what, False, f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _describe_devices() -> str:
@@ -82,15 +95,30 @@ def _try_step(config: Config) -> str:
     return f"loss {losses[0]:.3f} on {device.type}"
 
 
-def _try_ray(config: Config) -> str:
-    with ray_session(config.ray, more_cpus=stream_cpus(config)):
-        check_resources(config)
-        have = ray.cluster_resources()
-        answer = ray.get(ray.remote(num_cpus=0.1)(lambda: "answers").remote(), timeout=60)
-    return f"{answer}; {have.get('CPU', 0):g} logical CPUs, {have.get('GPU', 0):g} GPUs"
+def _ray_lines(config: Config) -> Iterator[tuple[str, bool, str]]:
+    try:
+        with ray_session(config.ray, more_cpus=stream_cpus(config)):
+            joined = session_address(config.ray) != "local" or len(alive_nodes()) > 1
+            if not joined:
+                check_resources(config)
+            have = ray.cluster_resources()
+            answer = ray.get(ray.remote(num_cpus=0.1)(lambda: "answers").remote(), timeout=60)
+            yield "ray", True, f"{answer}; {have.get('CPU', 0):g} logical CPUs, {have.get('GPU', 0):g} GPUs"
+            if joined:
+                yield from check_cluster(config)
+    except Exception as error:  # as in _attempt
+        yield _failed("ray", error)
+
+
+def _try_bucket(key: str, location: str) -> str:
+    check_reachable(key, location)
+    return f"{shown(location)} answers"
 
 
 def _try_folder(folder: str) -> str:
+    if is_uri(folder):
+        estimate.check_writable(folder, "output_dir")
+        return f"{shown(folder)} can be written"
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from functools import partial
 
 from ray_pipeline.cli_data import add_data_commands
 from ray_pipeline.cli_inference import add_inference_commands
+from ray_pipeline.cli_submit import add_submit
 from ray_pipeline.cli_words import add_config, ascii_text, config_words, counts_in_words
 from ray_pipeline.errors import RunStopped, UserError
 
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_config(sweep)
     sweep.add_argument("--resume", action="store_true", help="go on where the sweep in output_dir stopped")
     _add_loudness(sweep)
+    add_submit(partial(_add, commands))
     add_inference_commands(partial(_add, commands))
     status = _add(commands, "status", _status, "print where a run stands", "ray-pipeline status demo_output/run")
     status.add_argument("run", help="the run's output_dir")
@@ -82,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     check = _add(commands, "check", _check, "verify the set-up: packages, device, autoencoder, Ray, a tiny step")
     add_config(check)
+    check.add_argument(
+        "--address", dest="overrides", action="append", type=_address, metavar="HOST:PORT",
+        help="join this Ray cluster and hold the job's plan against what it has: short for --set ray.address=HOST:PORT",
+    )  # fmt: skip
     return parser
 
 
@@ -117,6 +124,7 @@ def _sayer(arguments) -> Callable[[str], None]:
 def _encode(arguments) -> None:
     from ray_pipeline import encoding
     from ray_pipeline.ray_session import ray_session
+    from ray_pipeline.training.nodes import check_nodes
 
     config = _load(arguments)
     if arguments.verify:
@@ -130,6 +138,7 @@ def _encode(arguments) -> None:
         print(f"latents   {prepared.job.store}: stored already, nothing to do")
     else:
         with ray_session(config.ray):
+            check_nodes(config, trains=False)
             encoding.encode(config, prepared)
         print_store(prepared.job.store)
     print(f"next      ray-pipeline train {config_words(arguments)}")
@@ -210,6 +219,10 @@ def _seconds(text: str) -> float:
     if not 0.1 <= value <= 86400:
         raise argparse.ArgumentTypeError(f"{text} seconds, expected 0.1 to 86400")
     return value
+
+
+def _address(text: str) -> str:
+    return f"ray.address={json.dumps(text)}"
 
 
 def _check(arguments) -> int:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ray_pipeline.cli_prepare import add_prepare
-from ray_pipeline.cli_words import Add, add_config, config_words, counts_in_words
+from ray_pipeline.cli_words import Add, add_config, config_words, counts_in_words, local_path
 
 
 def add_data_commands(add: Add) -> None:
@@ -25,7 +25,7 @@ def _add_simulate(add: Add) -> None:
         "write the embedded sample data set: fluorescence fields with degraded partners",
         "ray-pipeline simulate --out data --fields 64",
     )
-    parser.add_argument("--out", type=Path, required=True, help="data root to write")
+    parser.add_argument("--out", type=local_path, required=True, help="data root to write")
     parser.add_argument("--fields", type=int, default=64, help="fields of view (default 64)")
     parser.add_argument("--field-size", type=int, default=512, help="pixels of a field (default 512)")
     parser.add_argument("--tile-size", type=int, default=512, help="pixels of a tile; divides the field (default 512)")

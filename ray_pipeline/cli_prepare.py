@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray_pipeline.cli_words import Add, ascii_text
+from ray_pipeline.cli_words import Add, ascii_text, local_path
 from ray_pipeline.errors import UserError
 
 
@@ -22,7 +22,9 @@ def add_prepare(add: Add) -> None:
     )
     parser.add_argument("kind", choices=known_kinds(), help="a release's layout, or folder: any images below a folder")
     parser.add_argument("source", type=Path, metavar="ROOT", help="where the images are")
-    parser.add_argument("--out", type=Path, metavar="DATA_ROOT", help="data root to write; not needed with --dry-run")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DATA_ROOT", help="data root to write; not needed with --dry-run"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print counts by split, role and kind; write nothing")
     tiles = parser.add_argument_group("tiles")
     tiles.add_argument("--tile-size", type=int, default=512, help="pixels (default 512)")

@@ -31,6 +31,16 @@ def ascii_text(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode("ascii")
 
 
+def local_path(text: str) -> Path:
+    """A path, as argparse takes it; a URI is refused."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URI, expected a local or mounted folder: write to one, copy it there (such as `aws s3 cp "
+            "--recursive FOLDER URI`) and set data.root to the URI"
+        )
+    return Path(text)
+
+
 def counts_in_words(counts: Mapping[str, int]) -> str:
     """train 10, val 2"""
     return ", ".join(f"{split} {count}" for split, count in counts.items())

@@ -33,6 +33,7 @@ JUDGED = (
         "where things lie: their contents are compared by the store's fingerprint",
         ("data.root", "data.latents", "data.simulate", "vae.pretrained"),
     ),
+    Rule(Kind.HARMLESS, "copies of what lies in object storage", ("data.cache_gib", "data.cache_dir")),
     Rule(
         Kind.HARMLESS,
         "where the run lies: it must hold the checkpoints that phase_state.json tells of",

@@ -175,9 +175,11 @@ def latents_bytes(job: EncodeJob, tiles: int) -> int:
     return int(_MARGIN * tiles * job.row_bytes)
 
 
-def bytes_in(folder: Path) -> int:
-    """What lies in a folder already, and so needs no further room."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+def bytes_in(folder: str | Path) -> int:
+    """What lies in a folder already, and so needs no further room; 0 in object storage."""
+    if is_uri(str(folder)) or not Path(folder).is_dir():
+        return 0
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def check_disk(folder: str | Path, need: int, key: str) -> None:

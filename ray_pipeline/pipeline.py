@@ -13,8 +13,9 @@ from ray_pipeline.checkpoints import CheckpointStore, DamagedCheckpoint, open_ch
 from ray_pipeline.config import Config
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.data.mixture import make_mixture, validation_rows
-from ray_pipeline.encoding import Prepared, encode, has_data, look, prepare_data
+from ray_pipeline.encoding import Prepared, check_locations, encode, has_data, look, prepare_data
 from ray_pipeline.errors import UserError
+from ray_pipeline.job_paths import check_paths_under_job
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.environment import environment
@@ -29,6 +30,7 @@ from ray_pipeline.sweep_records import read_sweep, read_winner, sweep_folder
 from ray_pipeline.sweep_space import check_space, continues, decays, phase_index
 from ray_pipeline.sweeping import confirm, found_config, search, served_phase
 from ray_pipeline.training.launch import check_resources, run_phase
+from ray_pipeline.training.nodes import check_nodes
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
 from ray_pipeline.training.sweep import trials_at_once
 
@@ -87,6 +89,7 @@ def _train(
     note_plan(config, samples)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
+        check_nodes(config, encodes=not prepared.stored)
         if config.sweep.enabled and read_winner(config.output_dir) is None:
             trials_at_once(config)
         encode(config, prepared)
@@ -146,6 +149,7 @@ def _sweep(config: Config, resume: bool, verbose: bool, say: Callable[[str], Non
     check_room(config, check_phases(config, prepared))
     start.accept(prepared.fingerprint.store)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
+        check_nodes(config, encodes=not prepared.stored)
         encode(config, prepared)
         config = search(config, prepared.job.store, _first_weights(config), say)
     replace(start, config=config).write_config()
@@ -240,6 +244,7 @@ def dry_run(config: Config) -> str:
     with reading_copy(config.output_dir):
         config = found_config(config, lambda line: None)
     estimate.check_writable(config.output_dir, "output_dir")
+    check_locations(config)
     estimate.check_writable(encode_job(config).store, "data.latents")
     settings = config.data.simulate
     if settings is not None and not has_data(config):
@@ -256,9 +261,13 @@ def dry_run(config: Config) -> str:
 
 def _absolute(config: Config) -> Config:
     """Paths made absolute: Ray's workers run in directories of their own."""
+    check_paths_under_job(config)
     latents = config.data.latents
     data = config.data.model_copy(
-        update={"root": _path(config.data.root), "latents": None if latents is None else Folder(latents).location}
+        update={
+            "root": Folder(config.data.root).location,
+            "latents": None if latents is None else Folder(latents).location,
+        }
     )
     phases = tuple(
         phase.model_copy(update={"init": str(Path(phase.init).absolute())})
@@ -279,9 +288,3 @@ def _absolute(config: Config) -> Config:
             "output_dir": Folder(config.output_dir).location,
         }
     )
-
-
-def _path(text: str) -> str:
-    if "://" in text:
-        raise UserError(f"{text} is a URI; this version reads and writes local or mounted folders, so give such a path")
-    return str(Path(text).expanduser().absolute())

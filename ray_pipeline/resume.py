@@ -140,7 +140,8 @@ def _occupied(config: Config) -> str:
         return f"output_dir={config.output_dir} holds a run already; go on with --resume or set another output_dir"
     return (
         f"{config.checkpoint_store} holds checkpoints of a run already, though {config.output_dir} has no "
-        f"{CONFIG_FILE}; go on with --resume, which takes the config of the newest checkpoint, or set another output_dir and checkpoint.store"
+        f"{CONFIG_FILE}; go on with --resume, which takes the config of the newest checkpoint, or set another "
+        "output_dir and checkpoint.store"
     )
 
 

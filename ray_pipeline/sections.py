@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ray_pipeline.models.architectures import ARCHITECTURES, LORA_TARGETS
+from ray_pipeline.runtime_env import check_runtime_env
 
 CONDITION_TYPES = ("super_resolution", "denoising", "canny", "depth")
 #: those whose hint is a degraded image, a partner on disk or simulated
@@ -48,18 +49,31 @@ class SimulateConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the tiles are and how they become latents."""
+    """Where the tiles are and how they become latents; root and latents are paths or URIs.
+
+    cache_gib, cache_dir: each node keeps blocks of latents of object storage on its own disk, so much at most; 0: none.
+    Where that is less than what is shuffled together (all rows, or shuffle_window), nothing is kept.
+    """
 
     root: str = "data"
     mode: Literal["latents", "tiles"] = "latents"  # tiles are encoded once before training, or while it runs
     tile_size: Positive = 512
     latents: str | None = None  # default: <root>/latents
+    cache_gib: Annotated[float, Field(ge=0)] = 20.0
+    cache_dir: str | None = None  # default: ray_pipeline-<user id> in TMPDIR of the node, else in /var/tmp
     augment_variants: Annotated[int, Field(ge=1, le=8)] = 1
     shard_rows: Positive = 1024
     shuffle_window: Positive | None = None  # rows; None: as large as the data set, a full shuffle
     max_rejected: Annotated[int, Field(ge=0)] = 0  # bad tiles that encoding may leave out
     hints: dict[str, dict[str, Any]] = {}  # parameters of each hint: data/hint_registry.py knows and checks them
     simulate: SimulateConfig | None = None
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _check_cache_dir(cls, folder: str | None) -> str | None:
+        if folder is not None and not folder.startswith(("/", "~")):
+            raise ValueError(f"expected an absolute path, which every node takes for its own disk, found {folder!r}")
+        return folder
 
 
 class ModelConfig(Section):
@@ -263,6 +277,9 @@ class RayConfig(Section):
     num_workers: a number, or [min, max]: training goes on with as many as the cluster has room for, and looks for room
     for more every resize_minutes. timeout_minutes: how long anything may wait: workers for their place, a worker for a
     batch or for the other workers. stop_timeout_seconds: how long a run that is asked to stop may take to commit.
+    data_cpus: logical CPUs that actors with an autoencoder, one each, may take at once. object_store_gib: memory for
+    Ray's objects on a node of a local Ray, and on any Ray what one execution of Ray Data (encoding, or the stream of a
+    worker) may hold there. runtime_env: what Ray brings to every node, its own fields that runtime_env.py lets pass.
     """
 
     address: str = "auto"  # auto: the cluster this process runs in (RAY_ADDRESS, a Ray job), else local
@@ -271,6 +288,9 @@ class RayConfig(Section):
     cpus_per_worker: PositiveFloat = 1.0
     resources_per_worker: dict[str, PositiveFloat] = {}
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    data_cpus: Positive | None = None
+    object_store_gib: Annotated[float, Field(ge=0.1)] | None = None  # Ray starts with 75 MiB at least
+    runtime_env: dict[str, Any] = {}
     max_failures: Annotated[int, Field(ge=0)] = 3
     stop_timeout_seconds: PositiveFloat = 60.0
     timeout_minutes: PositiveFloat = 30.0
@@ -285,6 +305,12 @@ class RayConfig(Section):
         if len(bounds) != 2 or not whole or bounds[0] > bounds[1]:
             raise ValueError(f"expected a number of workers, or [min, max] with 1 <= min <= max, found {value!r}")
         return value
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _check_runtime_env(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        check_runtime_env(fields)
+        return fields
 
     @property
     def elastic(self) -> bool:

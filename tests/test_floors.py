@@ -9,12 +9,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ray_pipeline"
 FLOORS = {
     "cli": 4, "cli_data": 4, "cli_inference": 4, "cli_prepare": 4, "cli_words": 4, "__main__": 5,
     "pipeline": 3, "encoding": 3, "sweeping": 3, "inference": 3, "estimate": 3, "status": 3, "check": 3,
+    "check_cluster": 3,
     "training": 2,
     "data": 1,
-    "models": 0, "diffusion": 0, "monitoring": 0, "checkpoints": 0, "run_copy": 0, "config": 0, "config_kinds": 0, "config_changes": 0,
+    "models": 0, "diffusion": 0, "monitoring": 0, "checkpoints": 0, "config": 0, "config_kinds": 0, "config_changes": 0,
     "attempts": 0, "tensor_files": 0, "retention": 0, "run_state": 0, "resume": 0, "sections": 0, "phase_sections": 0,
-    "sweep_sections": 0, "sweep_space": 0,
-    "sweep_records": 0,
+    "run_copy": 0, "sweep_sections": 0, "sweep_space": 0, "sweep_records": 0,
+    "cli_submit": 4, "submission": 3, "job_attendance": 3, "job_paths": 0,
+    "runtime_env": 0, "node_probe": 0,
     "storage": 0, "json_lines": 0, "plugins": 0, "ray_session": 0, "errors": 0, "__init__": 0,
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -48,7 +48,7 @@ class Layout:
         return plane if self.letters.index("Y") < self.letters.index("X") else plane.T
 
 
-def find_layout(path: Path, shape: Sequence[int], names: Sequence[str], axes: str | None) -> Layout:
+def find_layout(path: Path | str, shape: Sequence[int], names: Sequence[str], axes: str | None) -> Layout:
     """Shape of a stored array, the file's own names of its dimensions and the user's `axes` -> Layout.
 
     names: a letter of LETTERS, another name, or '' where the file does not say. Dimensions of size 1 that `axes` has

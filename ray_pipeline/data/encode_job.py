@@ -20,7 +20,7 @@ SAMPLE_ROWS = 4096
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """One data root, autoencoder and set of hints.
+    """One data root, autoencoder and set of hints. root, store: paths or URIs.
 
     simulated: hints that are also made from the tile where it has a degraded partner. hint_settings: every parameter of
     every hint. posterior: `sample` stores the std of the tiles' latents beside their mean. sample_rows: so many tiles
@@ -66,10 +66,12 @@ def encode_job(config: Config) -> EncodeJob:
     pretrained = config.vae.pretrained
     folder = Path(pretrained).expanduser()
     sampled = config.data.mode == "tiles"
-    default = f"{config.data.root}/{'latents_sample' if sampled else 'latents'}"
+    root = Folder(config.data.root)
+    beside = root.child("latents_sample" if sampled else "latents")
+    store = Folder(config.data.latents) if config.data.latents else beside
     return EncodeJob(
-        root=str(Path(config.data.root).absolute()),
-        store=Folder(config.data.latents or default).location,
+        root=root.location,
+        store=store.location,
         tile_size=config.data.tile_size,
         hints=config.hint_names,
         simulated=config.simulated_names,

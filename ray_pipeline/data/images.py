@@ -5,6 +5,7 @@ A unit image is float32 in [0, 1]. Source intensity = norm_lo + unit * (norm_hi 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class MicroscopeImage:
     where the file gives none.
     """
 
-    path: Path
+    path: Path | str
     sizes: dict[str, int]
     dtype: np.dtype
     um_pixel: float | None
@@ -70,18 +71,19 @@ def is_zarr(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".zarr"
 
 
-def open_image(path: str | Path, axes: str | None = None) -> MicroscopeImage:
+def open_image(path: str | Path, axes: str | None = None, content: bytes | None = None) -> MicroscopeImage:
     """A TIFF (ImageJ, OME), PNG, .npy, .npz or OME-Zarr folder -> its planes, pixel size and channel names.
 
     axes: one letter of T C Z Y X S for each dimension, such as "ZYX", where the file does not name them; without it
     an unnamed axis of at most 4 entries holds channels. Pixels keep the file's dtype and values: a palette is a
-    look-up table for display and is not applied to a TIFF; an alpha channel is left out. UserError: unreadable,
-    truncated or empty file, several images in one file, axes that are unknown or do not fit.
+    look-up table for display and is not applied to a TIFF; an alpha channel is left out. content: the bytes of a file
+    in object storage, whose name in messages `path` is. UserError: unreadable, truncated or empty file, several images
+    in one file, axes that are unknown or do not fit.
     """
-    path = Path(path)
-    _check_path(path)
+    path = Path(path) if content is None else str(path)
+    _check_path(path, content)
     try:
-        stored, names, um_pixel, channel_names = _read(path)
+        stored, names, um_pixel, channel_names = _read(path, content)
     except (OSError, cv2.error) as error:
         raise UserError(f"{path}: the image cannot be read ({_words(error)}); check it or remove it.") from error
     if stored.dtype.name not in SOURCE_DTYPES:
@@ -98,16 +100,16 @@ def open_image(path: str | Path, axes: str | None = None) -> MicroscopeImage:
     return MicroscopeImage(path, layout.sizes, dtype, um_pixel, channel_names, stored, layout)
 
 
-def load_array(path: Path) -> np.ndarray:
-    """The one array of a .npy or .npz file; UserError: unreadable, pickled, several arrays, other content."""
+def load_array(path: Path | str, content: bytes | None = None) -> np.ndarray:
+    """The one array of a .npy or .npz file, or of its bytes; UserError: unreadable, pickled, several arrays, other
+    content."""
+    suffix = Path(path).suffix
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") if content is None else io.BytesIO(content) as file:
             array = np.load(file, allow_pickle=False)
-            rest = b"" if path.suffix.lower() == ".npz" else file.read(1)
-            if isinstance(array, np.lib.npyio.NpzFile) != (path.suffix.lower() == ".npz") or rest:
-                raise UserError(
-                    f"{path}: expected a {path.suffix} file of one array, found other content; save it again."
-                )
+            rest = b"" if suffix.lower() == ".npz" else file.read(1)
+            if isinstance(array, np.lib.npyio.NpzFile) != (suffix.lower() == ".npz") or rest:
+                raise UserError(f"{path}: expected a {suffix} file of one array, found other content; save it again.")
             if isinstance(array, np.ndarray):
                 return array
             if len(array.files) != 1:
@@ -144,30 +146,30 @@ def from_unit(unit: np.ndarray, lo: float, hi: float, dtype: str | np.dtype) -> 
     return values.astype(dtype)
 
 
-def _check_path(path: Path) -> None:
-    suffix = path.suffix.lower()
+def _check_path(path: Path | str, content: bytes | None) -> None:
+    suffix = Path(path).suffix.lower()
     if not is_zarr(path) and suffix not in IMAGE_SUFFIXES:
         raise UserError(
             f"{path}: expected a TIFF or PNG image, a NumPy array or an OME-Zarr folder, found "
             f"{suffix or 'no suffix'}; convert it first."
         )
-    if not (path.is_dir() if is_zarr(path) else path.is_file()):
+    if content is None and not (path.is_dir() if is_zarr(path) else path.is_file()):
         raise UserError(f"{path}: no such image {'folder' if is_zarr(path) else 'file'}; check the path.")
-    if path.is_file() and path.stat().st_size == 0:
+    if not content and (content is not None or (path.is_file() and path.stat().st_size == 0)):
         raise UserError(f"{path}: expected a {suffix} image, found an empty file; copy it again or remove it.")
 
 
-def _read(path: Path) -> tuple[Any, Sequence[str], float | None, Sequence[str]]:
+def _read(path: Path | str, content: bytes | None) -> tuple[Any, Sequence[str], float | None, Sequence[str]]:
     """Stored array, names of its dimensions, micrometres a pixel, names of its channels."""
-    suffix = path.suffix.lower()
+    suffix = Path(path).suffix.lower()
     if is_zarr(path):
         return open_ome_zarr(path)
     if suffix in (".npy", ".npz"):
-        array = load_array(path)
+        array = load_array(path, content)
         return array, [""] * array.ndim, None, ()
     if suffix == ".png":
-        return read_png(path), "YXS", None, ()
-    return read_tiff(path)
+        return read_png(path, content), "YXS", None, ()
+    return read_tiff(path, content)
 
 
 def _words(error: Exception) -> str:

@@ -8,22 +8,24 @@
 
 A column is `latent`, `std` (of an AutoencoderKL's posterior, where asked for), `hint.<name>` or, where a hint comes
 from a partner on disk, `simulated.<name>` as well. What one sample needs, a tile and its hints in one augmentation
-variant, lies together: one read on a disk, one request of object storage, of these bytes alone.
+variant, lies together: one read on a disk; one request of object storage, of these bytes alone, or a part of a block of
+rows that is kept on this node's disk (data/block_cache.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_pipeline.data.shards import REMEDY, Shard, shard_is_whole
+from ray_pipeline.data.block_cache import BlockCache
+from ray_pipeline.data.shard_reader import Place, ShardReader
+from ray_pipeline.data.shards import REMEDY, shard_is_whole
 from ray_pipeline.errors import UserError
 from ray_pipeline.storage import Folder
 
@@ -31,8 +33,6 @@ if TYPE_CHECKING:  # it imports torch, which the actors that gather latents do w
     from ray_pipeline.models.weights import AutoencoderHeader, IntensityRange
 
 FORMAT_VERSION = 4
-_OPEN_SHARDS = 256
-_REQUESTS = 32  # to object storage at once
 _HASHERS = 4  # shards that are verified at once
 _INDEX_KEYS = (
     "version", "fingerprint", "shape", "posterior", "hints", "simulated", "variants", "rejected", "datasets", "shards",
@@ -99,15 +99,29 @@ class DataSet:
 
 
 class LatentStore:
-    """Read access to one split; an id is a row of it. Cheap to pickle: shards are opened where they are read."""
+    """Read access to one split; an id is a row of it. Cheap to pickle: shards are opened where they are read.
 
-    def __init__(self, folder: Folder, index: dict, stats: LatentStats):
+    cache: of blocks, for a split in object storage. window: data.shuffle_window, rows of each data set that are read
+    together; None: any row may follow any other.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        index: dict,
+        stats: LatentStats,
+        cache: BlockCache | None = None,
+        window: int | None = None,
+    ):
         self.folder, self.index, self.stats = folder, index, stats
+        self.cache, self.window = cache, window
         self._starts = np.cumsum([0] + [shard["rows"] for shard in index["shards"]])
-        self._opened: dict[int, Shard] = {}
+        together = rows_together(len(self), window, len(index["datasets"]))
+        shape = (self.variants, len(self.columns), *self.shape)
+        self._reader = ShardReader(folder, index["shards"], shape, cache, together)
 
     @classmethod
-    def open(cls, path: str | Path | Folder) -> LatentStore:
+    def open(cls, path: str | Path | Folder, cache: BlockCache | None = None, window: int | None = None) -> LatentStore:
         """Open <store>/<split>, or the training split of <store>; UserError when missing, unfinished or damaged."""
         folder = path if isinstance(path, Folder) else Folder(path)
         if folder.size("index.json") < 0 and folder.child("train").size("index.json") >= 0:
@@ -123,10 +137,10 @@ class LatentStore:
                 f"{folder} was encoded from other tiles or settings (fingerprint {index['fingerprint'][:12]}) than "
                 f"the stats.json beside it ({stats.fingerprint[:12]}); {REMEDY}"
             )
-        return cls(folder, index, stats)
+        return cls(folder, index, stats, cache, window)
 
     def __reduce__(self):
-        return LatentStore, (self.folder, self.index, self.stats)
+        return LatentStore, (self.folder, self.index, self.stats, self.cache, self.window)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -192,23 +206,17 @@ class LatentStore:
         keys = (*column_names((), (), self.index["posterior"]), *(f"hint.{name}" for name in names))
         out = [np.empty((len(ids), *self.shape), np.float16) for _ in keys]
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
-        rows = (ids - self._starts[numbers]).tolist()
-
-        local = self.folder.local is not None
-        with nullcontext() if local else ThreadPoolExecutor(_REQUESTS) as pool:
-            each = map if local else pool.map
-            shards = self._shards(set(numbers.tolist()), each)
-            places = [
-                (shards[number], row, variant, sources[flag])
-                for number, row, variant, flag in zip(numbers.tolist(), rows, picked.tolist(), made, strict=True)
-            ]
-            if local:
-                for shard, row, variant, columns in places:
-                    shard.announce(row, variant, 1 + max(columns))
-            records = each(lambda place: place[0].record(*place[1:3], 1 + max(place[3])), places)
-            for place, record in enumerate(records):
-                for values, column in zip(out, places[place][3], strict=True):
-                    values[place] = record[column]
+        rows = ids - self._starts[numbers]
+        columns = [sources[flag] for flag in made]
+        places = [
+            Place(number, row, variant, 1 + max(taken))
+            for number, row, variant, taken in zip(
+                numbers.tolist(), rows.tolist(), picked.tolist(), columns, strict=True
+            )
+        ]
+        for place, (record, taken) in enumerate(zip(self._reader.records(places), columns, strict=True)):
+            for values, column in zip(out, taken, strict=True):
+                values[place] = record[column]
         return dict(zip(keys, out, strict=True))
 
     def records(self, ids: Sequence[int]) -> np.ndarray:
@@ -216,12 +224,13 @@ class LatentStore:
         ids = np.asarray(ids, dtype=np.int64)
         _check_range("ids", ids, len(self))
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
-        shards = self._shards(set(numbers.tolist()), map)
-        count = len(self.columns)
-        return np.array([
-            [shards[number].record(int(row - self._starts[number]), variant, count) for variant in range(self.variants)]
-            for number, row in zip(numbers.tolist(), ids, strict=True)
-        ])  # fmt: skip
+        places = [
+            Place(number, row, variant, len(self.columns))
+            for number, row in zip(numbers.tolist(), (ids - self._starts[numbers]).tolist(), strict=True)
+            for variant in range(self.variants)
+        ]
+        values = np.array(list(self._reader.records(places)), dtype=np.float16)
+        return values.reshape(len(ids), self.variants, len(self.columns), *self.shape)
 
     def _sources(self, hints: Sequence[str], simulated: bool) -> list[int]:
         """Numbers of the columns that give the latent and these hints."""
@@ -247,28 +256,16 @@ class LatentStore:
         sizes = self.folder.sizes()
         return [shard["file"] for shard in self.index["shards"] if sizes.get(shard["file"]) != shard["bytes"]]
 
-    def _shards(self, numbers: Iterable[int], each: Callable) -> dict[int, Shard]:
-        """Shards by number; `each` maps opening over those that are not open."""
-        shards = {number: self._opened.pop(number, None) for number in numbers}
-        closed = [number for number, shard in shards.items() if shard is None]
-        shards |= zip(closed, each(self._open, closed), strict=True)
-        for shard in shards.values():
-            shard.check()
-        self._opened |= shards  # those used last stand last
-        for number in list(self._opened)[:-_OPEN_SHARDS]:
-            self._opened.pop(number, None)
-        return shards
-
-    def _open(self, number: int) -> Shard:
-        entry = self.index["shards"][number]
-        shape = (entry["rows"], self.variants, len(self.columns), *self.shape)
-        return Shard(self.folder, entry, shape)
-
 
 def column_names(hints: Sequence[str], simulated: Sequence[str], posterior: str = "mode") -> tuple[str, ...]:
     """Columns of a store with these hints and these hints made from the tile besides; `sample` stores a std."""
     tile = ("latent", "std") if posterior == "sample" else ("latent",)
     return (*tile, *(f"hint.{name}" for name in hints), *(f"simulated.{name}" for name in simulated))
+
+
+def rows_together(rows: int, window: int | None, datasets: int) -> int:
+    """Rows of a split that are read at about the same time: those of a window of each data set, or all."""
+    return rows if window is None else min(rows, window * datasets)
 
 
 def _check_range(name: str, values: np.ndarray, count: int) -> None:

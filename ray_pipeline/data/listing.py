@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import pandas as pd
 
+from ray_pipeline.data.data_root import FileSizes, dataset_folders
 from ray_pipeline.data.encode_job import EncodeJob
 from ray_pipeline.data.latents import DataSet
-from ray_pipeline.data.manifest import SPLITS, bad_tiles, dataset_folders, file_size, load_manifest, load_pairs
+from ray_pipeline.data.manifest import SPLITS, bad_tiles, load_manifest, load_pairs
 from ray_pipeline.data.optics import FWHM_FACTORS, fwhm_um, modality_key
 from ray_pipeline.data.rejected import Rejected, in_words
 from ray_pipeline.data.source_ranges import RangeTally, SourceRange, source_ranges
@@ -25,6 +25,9 @@ from ray_pipeline.data.tile_table import TileRow
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.weights import IntensityRange
 from ray_pipeline.sections import PARTNER_TYPES
+from ray_pipeline.storage import Folder
+
+_HEADER_BYTES = 1 << 16  # of a manifest, to see whether it has a tile
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def _dataset(name: str, before: list[TileRow], rows: list[TileRow]) -> DataSet:
 def list_tiles(job: EncodeJob) -> Listing:
     """Every foundation data set under the root, by name; UserError for missing manifests or splits, and for more bad
     tiles than job.max_rejected."""
-    folders = dataset_folders(job.root)
+    lister = _Lister(job)
+    folders = dataset_folders(lister.root)
     if not folders:
         raise UserError(
             f"data.root={job.root} holds no foundation/<dataset>/manifests; write some with `ray-pipeline prepare` or "
@@ -87,24 +91,10 @@ def list_tiles(job: EncodeJob) -> Listing:
         )
     rows: dict[str, list[TileRow]] = {split: [] for split in SPLITS}
     ranges: dict[str, list[DataSet]] = {split: [] for split in SPLITS}
-    digest = hashlib.sha256()
-    rejected: list[Rejected] = []
-    tally = RangeTally()
     for folder in folders:
-        pairs = _partners(job, folder.name)
-        found: set[str] = set()
-        for split in SPLITS:
-            listed = _split_rows(folder, split, job, pairs, digest, rejected, tally)
+        for split, listed in lister.splits(folder).items():
             ranges[split].append(_dataset(folder.name, rows[split], listed))
-            found.update(row.id.removeprefix(f"{folder.name}/") for row in listed)
-        found.update(row.id.removeprefix(f"{folder.name}/") for row in rejected)
-        alone = sorted(pairs.keys() - found)
-        if alone:
-            warnings.warn(
-                f"degraded/{folder.name}: the partners of {len(alone)} tiles belong to none that is there, first "
-                f"{alone[0]!r}; correct pair_id, or prepare the data again",
-                stacklevel=2,
-            )
+    rejected = lister.rejected
     if len(rejected) > job.max_rejected:
         total = len(rejected) + sum(map(len, rows.values()))
         raise UserError(
@@ -115,7 +105,7 @@ def list_tiles(job: EncodeJob) -> Listing:
     for split in ("train", "val"):
         if not rows[split]:
             raise UserError(f"data.root={job.root} has no tile in split {split}; prepare the data with both splits")
-    return Listing(rows, ranges, digest.hexdigest(), tuple(rejected), tally.ranges())
+    return Listing(rows, ranges, lister.digest.hexdigest(), tuple(rejected), lister.tally.ranges())
 
 
 @dataclass(frozen=True)
@@ -126,86 +116,102 @@ class _Partner:
     source: SourceRange | None
 
 
-def _partners(job: EncodeJob, dataset: str) -> dict[str, dict[str, list[_Partner]]]:
-    """Foundation id -> {hint name: its partners, in the order of the manifest}."""
-    table = load_pairs(job.root, dataset)
-    if "task" not in table:
-        csv = Path(job.root, "degraded", dataset, "manifests", "manifest.csv")
-        raise UserError(f"{csv} has no column task; add it with {' or '.join(PARTNER_TYPES)} in each row")
-    hashes = table["sha256"] if "sha256" in table else [""] * len(table)
-    heights, widths = (table[name] if name in table else [math.nan] * len(table) for name in ("height", "width"))
-    partners: dict[str, dict[str, list[_Partner]]] = {}
-    unknown: Counter[str] = Counter()
-    columns = (table["task"], table["pair_id"], table["image"], hashes, heights, widths, source_ranges(table))
-    for task, pair, image, sha256, height, width, source in zip(*columns, strict=True):
-        if task not in PARTNER_TYPES:
-            unknown[task] += 1
-        elif task in job.hints:
-            partner = _Partner(_posix("degraded", dataset, image), sha256, (height, width), source)
-            partners.setdefault(pair, {}).setdefault(task, []).append(partner)
-    for task, rows in unknown.items():
-        warnings.warn(
-            f"degraded/{dataset}: {rows} rows of task {task!r} are no partners, expected {', '.join(PARTNER_TYPES)}; "
-            "correct the column task",
-            stacklevel=2,
-        )
-    return partners
+class _Lister:
+    """Lists one data set after another, and gathers the hash, the bad tiles and the intensities of all."""
 
+    def __init__(self, job: EncodeJob):
+        self.job, self.root = job, Folder(job.root)
+        self.partner_files = FileSizes(self.root)
+        self.digest = hashlib.sha256()
+        self.rejected: list[Rejected] = []
+        self.tally = RangeTally()
 
-def _split_rows(
-    folder: Path,
-    split: str,
-    job: EncodeJob,
-    pairs: dict[str, dict[str, list[_Partner]]],
-    digest,
-    rejected: list[Rejected],
-    tally: RangeTally,
-) -> list[TileRow]:
-    """Good tiles of one manifest; the others are added to `rejected`, and those of the training split are counted."""
-    csv = folder / "manifests" / f"{split}.csv"
-    if _is_empty(csv) or (split == "test" and not csv.is_file()):
-        return []
-    manifest = load_manifest(csv)
-    bad = bad_tiles(manifest, job.tile_size)
-    widths, sources = _psf_widths(manifest.table), source_ranges(manifest.table)
-    digest.update(f"{folder.name}/{split}/{manifest.fingerprint()}".encode())
-    rows = []
-    for number, (identifier, image) in enumerate(zip(manifest.table["id"], manifest.table["image"], strict=True)):
-        partners = pairs.get(identifier, {})
-        tile, path = f"{folder.name}/{identifier}", _posix("foundation", folder.name, image)
-        wrong = (path, bad[number]) if number in bad else _bad_partner(job, partners)
-        if wrong is not None:
-            rejected.append(Rejected(tile, *wrong))
-            digest.update(f"without {identifier}".encode())
-            continue
-        named = sorted((hint, Path(p.path).name, p.sha256) for hint, some in partners.items() for p in some)
-        digest.update(json.dumps(named).encode())
-        files = {hint: tuple(sorted(partner.path for partner in some)) for hint, some in partners.items()}
-        rows.append(TileRow(tile, path, files, widths[number]))
-        if split == "train":
-            tally.add(folder.name, "tile", sources[number])
-            for hint, some in partners.items():
-                for partner in some:
-                    tally.add(folder.name, hint, partner.source)
-    return rows
+    def splits(self, folder: Folder) -> dict[str, list[TileRow]]:
+        """Good tiles of each split of a data set; the others are added to `rejected`."""
+        pairs, files = self._partners(folder.name), FileSizes(folder)
+        listed = {split: self._split_rows(folder, split, pairs, files) for split in SPLITS}
+        found = [*(row.id for rows in listed.values() for row in rows), *(row.id for row in self.rejected)]
+        alone = sorted(pairs.keys() - {identifier.removeprefix(f"{folder.name}/") for identifier in found})
+        if alone:
+            warnings.warn(
+                f"degraded/{folder.name}: the partners of {len(alone)} tiles belong to none that is there, first "
+                f"{alone[0]!r}; correct pair_id, or prepare the data again",
+                stacklevel=2,
+            )
+        return listed
 
+    def _partners(self, dataset: str) -> dict[str, dict[str, list[_Partner]]]:
+        """Foundation id -> {hint name: its partners, in the order of the manifest}."""
+        table = load_pairs(self.root, dataset)
+        if "task" not in table:
+            csv = self.root.child("degraded", dataset, "manifests").where("manifest.csv")
+            raise UserError(f"{csv} has no column task; add it with {' or '.join(PARTNER_TYPES)} in each row")
+        hashes = table["sha256"] if "sha256" in table else [""] * len(table)
+        heights, widths = (table[name] if name in table else [math.nan] * len(table) for name in ("height", "width"))
+        partners: dict[str, dict[str, list[_Partner]]] = {}
+        unknown: Counter[str] = Counter()
+        columns = (table["task"], table["pair_id"], table["image"], hashes, heights, widths, source_ranges(table))
+        for task, pair, image, sha256, height, width, source in zip(*columns, strict=True):
+            if task not in PARTNER_TYPES:
+                unknown[task] += 1
+            elif task in self.job.hints:
+                partner = _Partner(_posix("degraded", dataset, image), sha256, (height, width), source)
+                partners.setdefault(pair, {}).setdefault(task, []).append(partner)
+        for task, rows in unknown.items():
+            warnings.warn(
+                f"degraded/{dataset}: {rows} rows of task {task!r} are no partners, expected "
+                f"{', '.join(PARTNER_TYPES)}; correct the column task",
+                stacklevel=2,
+            )
+        return partners
 
-def _bad_partner(job: EncodeJob, partners: dict[str, list[_Partner]]) -> tuple[str, str] | None:
-    """Path and reason of the first partner that is known not to fit its tile, before it is opened."""
-    for hint, some in partners.items():
-        for partner in some:
-            size = file_size(Path(job.root, partner.path))
-            if size <= 0:
-                return partner.path, f"the {hint} partner is {'empty' if size == 0 else 'missing'}"
-            known = [side for side in partner.size if not math.isnan(side)]
-            fits = [
-                side == job.tile_size or (hint == "super_resolution" and side >= 1 and job.tile_size % side == 0)
-                for side in known
-            ]
-            if not all(fits) or len(set(known)) > 1:
-                size = "x".join(f"{side:g}" for side in partner.size)
-                return partner.path, f"the {hint} partner of {size} px does not fit a tile of {job.tile_size} px"
-    return None
+    def _split_rows(
+        self, folder: Folder, split: str, pairs: dict[str, dict[str, list[_Partner]]], files: FileSizes
+    ) -> list[TileRow]:
+        """Good tiles of one manifest; the others are added to `rejected`, and those of the training split counted."""
+        manifests, csv = folder.child("manifests"), f"{split}.csv"
+        if _is_empty(manifests, csv) or (split == "test" and manifests.size(csv) < 0):
+            return []
+        manifest = load_manifest(folder, split)
+        bad = bad_tiles(manifest, self.job.tile_size, files)
+        widths, sources = _psf_widths(manifest.table), source_ranges(manifest.table)
+        self.digest.update(f"{folder.name}/{split}/{manifest.fingerprint()}".encode())
+        rows = []
+        for number, (identifier, image) in enumerate(zip(manifest.table["id"], manifest.table["image"], strict=True)):
+            partners = pairs.get(identifier, {})
+            tile, path = f"{folder.name}/{identifier}", _posix("foundation", folder.name, image)
+            wrong = (path, bad[number]) if number in bad else self._bad_partner(partners)
+            if wrong is not None:
+                self.rejected.append(Rejected(tile, *wrong))
+                self.digest.update(f"without {identifier}".encode())
+                continue
+            named = [(hint, PurePosixPath(p.path).name, p.sha256) for hint, some in partners.items() for p in some]
+            self.digest.update(json.dumps(sorted(named)).encode())
+            hints = {hint: tuple(sorted(partner.path for partner in some)) for hint, some in partners.items()}
+            rows.append(TileRow(tile, path, hints, widths[number]))
+            if split == "train":
+                self.tally.add(folder.name, "tile", sources[number])
+                for hint, some in partners.items():
+                    for partner in some:
+                        self.tally.add(folder.name, hint, partner.source)
+        return rows
+
+    def _bad_partner(self, partners: dict[str, list[_Partner]]) -> tuple[str, str] | None:
+        """Path and reason of the first partner that is known not to fit its tile, before it is opened."""
+        side = self.job.tile_size
+        for hint, some in partners.items():
+            for partner in some:
+                if fault := self.partner_files.fault(partner.path):
+                    return partner.path, f"the {hint} partner is {fault}"
+                known = [length for length in partner.size if not math.isnan(length)]
+                fits = [
+                    length == side or (hint == "super_resolution" and length >= 1 and side % length == 0)
+                    for length in known
+                ]
+                if not all(fits) or len(set(known)) > 1:
+                    size = "x".join(f"{length:g}" for length in partner.size)
+                    return partner.path, f"the {hint} partner of {size} px does not fit a tile of {side} px"
+        return None
 
 
 def _psf_widths(table: pd.DataFrame) -> list[float]:
@@ -227,10 +233,11 @@ def _posix(*parts: str) -> str:
     return PurePosixPath(*parts).as_posix()
 
 
-def _is_empty(csv: Path) -> bool:
+def _is_empty(folder: Folder, csv: str) -> bool:
     """True for a manifest that has its header and no tile: a data set may lack a split that others have."""
-    if not csv.is_file():
+    if folder.size(csv) < 0:
         return False
-    with csv.open(encoding="utf-8", errors="replace") as text:
-        lines = [line for line in itertools.islice(text, 2) if line.strip()]
+    with folder.open(csv) as file, folder.reaching(csv):
+        start = file.read(_HEADER_BYTES).decode("utf-8", errors="replace")
+    lines = [line for line in start.splitlines()[:2] if line.strip()]
     return len(lines) == 1 and {"id", "image"} <= set(lines[0].strip().split(","))

@@ -1,10 +1,11 @@
 """The table of tiles: schema, reading, checking, writing.
 
 <root>/foundation/<dataset>/manifests/{manifest,train,val,test}.csv; `image` is relative to the data set's
-folder.
+folder. Read from a disk or object storage, written to a disk.
 """
 
 import hashlib
+import io
 import os
 from csv import DictWriter
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
+from ray_pipeline.data.data_root import FileSizes, dataset_folders
 from ray_pipeline.data.rejected import Rejected, in_words
 from ray_pipeline.errors import UserError
+from ray_pipeline.storage import Folder
 
 COLUMNS = (
     "id", "image", "dataset", "task", "channel_idx", "norm_lo", "norm_hi", "x0", "y0", "modality", "specimen",
@@ -33,7 +36,7 @@ PREPARE_HINT = "run `ray-pipeline prepare` (or `ray-pipeline simulate` for a sam
 class Manifest:
     """Tiles of one data set: `folder` is <root>/foundation/<dataset>, `split` None means every split."""
 
-    folder: Path
+    folder: Folder
     dataset: str
     split: str | None
     table: pd.DataFrame
@@ -42,8 +45,10 @@ class Manifest:
         return len(self.table)
 
     def path(self, row: int) -> Path:
-        """Absolute path of the tile in `row` (from 0)."""
-        return self.folder / self.table["image"].iat[row]
+        """Absolute path of the tile in `row` (from 0); UserError in object storage."""
+        if self.folder.local is None:
+            raise UserError(f"{self.folder} is in object storage, expected a data set on a disk; copy it to one.")
+        return self.folder.local / self.table["image"].iat[row]
 
     def fingerprint(self) -> str:
         """sha256 (hex) of columns and rows in their order; the same wherever the folder stands.
@@ -53,8 +58,8 @@ class Manifest:
         return hashlib.sha256(self.table.to_csv(index=False, lineterminator="\n").encode()).hexdigest()
 
 
-def load_manifest(path_or_root: str | Path, split: str | None = None) -> Manifest:
-    """A manifest CSV, a dataset folder, or a data root with one foundation data set -> Manifest.
+def load_manifest(path_or_root: str | Path | Folder, split: str | None = None) -> Manifest:
+    """A manifest CSV, a dataset folder, or a data root with one foundation data set, path or URI -> Manifest.
 
     Columns `id` and `image` are required, the others optional; unknown ones are kept as text. A CSV given
     together with `split` means that split's CSV beside it. Pixels are not opened. UserError: missing or
@@ -62,55 +67,47 @@ def load_manifest(path_or_root: str | Path, split: str | None = None) -> Manifes
     """
     if split is not None and split not in SPLITS:
         raise UserError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}; choose one of them.")
-    csv = _manifest_file(Path(path_or_root), split)
-    folder = (csv.parent.parent if csv.parent.name == "manifests" else csv.parent).resolve()
-    table = _read_table(csv)
+    manifests, name = _manifest_file(path_or_root if isinstance(path_or_root, Folder) else Folder(path_or_root), split)
+    folder = manifests.parent if manifests.name == "manifests" else manifests
+    if folder.local is not None:
+        folder = Folder(folder.local.resolve())
+    table, csv = _read_table(manifests, name), manifests.where(name)
     if table.empty:
         raise UserError(f"{csv}: found no tiles, expected at least one row; {PREPARE_HINT} again.")
     _check_paths(csv, folder, table)
-    return Manifest(folder, folder.name, csv.stem if csv.stem in SPLITS else None, table)
+    stem = Path(name).stem
+    return Manifest(folder, folder.name, stem if stem in SPLITS else None, table)
 
 
-def bad_tiles(manifest: Manifest, tile_size: int | None = None) -> dict[int, str]:
+def bad_tiles(manifest: Manifest, tile_size: int | None = None, files: FileSizes | None = None) -> dict[int, str]:
     """Rows (from 0) whose tile is known to be bad without opening it -> the reason.
 
     Their file is missing or empty or, with `tile_size` (pixels), the manifest gives them another height or width.
+    files: of the manifest's folder, where they have been listed for another split.
     """
+    files = files or FileSizes(manifest.folder)
     bad = {}
     for column in ("width", "height"):
         if tile_size is not None and column in manifest.table:
             sizes = manifest.table[column]
             for row in np.flatnonzero(sizes.notna() & (sizes != tile_size)).tolist():
                 bad[row] = f"its {column} is {sizes.iat[row]:g} pixels, expected {tile_size}"
-    for row in range(len(manifest)):
-        size = file_size(manifest.path(row))
-        if size <= 0:
-            bad[row] = "the file is empty" if size == 0 else "no such file"
+    for row, image in enumerate(manifest.table["image"]):
+        if fault := files.fault(image):
+            bad[row] = {"missing": "no such file", "empty": "the file is empty"}.get(fault, f"it is {fault}")
     return bad
 
 
 def check_tiles(manifest: Manifest, tile_size: int | None = None) -> None:
     """UserError that names the first of `bad_tiles`, where there are any."""
-    bad = [Rejected("", str(manifest.path(row)), reason) for row, reason in bad_tiles(manifest, tile_size).items()]
+    images = manifest.table["image"]
+    found = bad_tiles(manifest, tile_size)
+    bad = [Rejected("", manifest.folder.where(images.iat[row]), reason) for row, reason in found.items()]
     if bad:
         raise UserError(
             f"{manifest.folder}: {len(bad)} of {len(manifest)} tiles cannot be used ({in_words(bad)}); copy them again "
             "or run `ray-pipeline prepare` again."
         )
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a file, -1 where there is none."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def dataset_folders(root: str | Path, kind: str = "foundation") -> list[Path]:
-    """Folders <root>/<kind>/<dataset> that hold manifests, by name; `kind` is foundation or degraded."""
-    found = (p.parent for p in Path(root, kind).glob("*/manifests") if p.is_dir())
-    return sorted(folder for folder in found if not folder.name.startswith("."))
 
 
 def write_manifests(folder: str | Path, rows: list[dict], split_of: dict[str, str]) -> None:
@@ -170,17 +167,17 @@ class ManifestWriter:
             file.close()
 
 
-def load_pairs(root: str | Path, dataset: str) -> pd.DataFrame:
+def load_pairs(root: str | Path | Folder, dataset: str) -> pd.DataFrame:
     """Rows of <root>/degraded/<dataset>/manifests/manifest.csv, an empty frame when the file is absent.
 
     `pair_id` names the foundation tile, and is the row's own id in manifests without that column; `image` is
     relative to <root>/degraded/<dataset>. UserError: as load_manifest, or rows of which some have no `pair_id`.
     """
-    folder = Path(root, "degraded", dataset)
-    csv = folder / "manifests" / "manifest.csv"
-    if not csv.is_file():
+    folder = (root if isinstance(root, Folder) else Folder(root)).child("degraded", dataset)
+    manifests, name = folder.child("manifests"), "manifest.csv"
+    if manifests.size(name) < 0:
         return pd.DataFrame(columns=list(COLUMNS))
-    table = _read_table(csv)
+    table, csv = _read_table(manifests, name), manifests.where(name)
     if "pair_id" not in table:
         table["pair_id"] = table["id"]
     if (table["pair_id"] == "").any():
@@ -188,41 +185,43 @@ def load_pairs(root: str | Path, dataset: str) -> pd.DataFrame:
             f"{csv}: found rows without pair_id, expected the id of the foundation tile in each; prepare the "
             "pairs again."
         )
-    _check_paths(csv, folder.resolve(), table)
+    _check_paths(csv, folder if folder.local is None else Folder(folder.local.resolve()), table)
     return table
 
 
-def _manifest_file(path: Path, split: str | None) -> Path:
+def _manifest_file(place: Folder, split: str | None) -> tuple[Folder, str]:
+    """Folder and name of the CSV that a CSV, a dataset folder or a data root stands for."""
     name = f"{split or 'manifest'}.csv"
-    if path.suffix.lower() == ".csv":
-        csv = path if split is None or path.stem == split else path.with_name(name)
-    elif (path / "manifests").is_dir():
-        csv = path / "manifests" / name
-    elif not path.is_dir():
-        raise UserError(f"{path}: no such folder or manifest; {PREPARE_HINT} or correct the path.")
+    if place.name.lower().endswith(".csv"):
+        found = place.parent, place.name if split is None or Path(place.name).stem == split else name
+    elif place.local is not None and not place.local.is_dir():
+        raise UserError(f"{place}: no such folder or manifest; {PREPARE_HINT} or correct the path.")
+    elif "manifests" in place.folders():
+        found = place.child("manifests"), name
     else:
-        folders = dataset_folders(path)
+        folders = dataset_folders(place)
         if not folders:
             raise UserError(
-                f"{path}: found no foundation/<dataset>/manifests, expected a data root; {PREPARE_HINT} or "
+                f"{place}: found no foundation/<dataset>/manifests, expected a data root; {PREPARE_HINT} or "
                 "correct the path."
             )
         if len(folders) > 1:
             raise UserError(
-                f"{path}: found {len(folders)} data sets ({_first([f.name for f in folders])}), expected "
+                f"{place}: found {len(folders)} data sets ({_first([f.name for f in folders])}), expected "
                 f"one; name one, for example {folders[0]}."
             )
-        csv = folders[0] / "manifests" / name
-    if not csv.is_file():
-        raise UserError(f"{csv}: no such manifest; {PREPARE_HINT} or correct the path.")
-    return csv
+        found = folders[0].child("manifests"), name
+    if found[0].size(found[1]) < 0:
+        raise UserError(f"{found[0].where(found[1])}: no such manifest; {PREPARE_HINT} or correct the path.")
+    return found
 
 
-def _read_table(csv: Path) -> pd.DataFrame:
+def _read_table(folder: Folder, name: str) -> pd.DataFrame:
+    csv, data = folder.where(name), folder.read(name)
     try:
         # text first: an id such as "007" or "NA" must survive
-        table = pd.read_csv(csv, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
+        table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
+    except ValueError as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
         detail = " ".join(str(error).split())
         raise UserError(f"{csv}: expected a CSV manifest, found: {detail}; {PREPARE_HINT} again.") from error
     missing = [name for name in ("id", "image") if name not in table]
@@ -249,7 +248,7 @@ def _read_table(csv: Path) -> pd.DataFrame:
     return table
 
 
-def _check_paths(csv: Path, folder: Path, table: pd.DataFrame) -> None:
+def _check_paths(csv: str, folder: Folder, table: pd.DataFrame) -> None:
     parents: dict[str, set[str]] = {}
     for image in table["image"]:
         parts = image.split("/")
@@ -258,6 +257,11 @@ def _check_paths(csv: Path, folder: Path, table: pd.DataFrame) -> None:
                 f"{csv}: found image path {image}, expected a path below {folder} without '..'; make it relative."
             )
         parents.setdefault(PurePosixPath(image).parent.as_posix(), set()).add(parts[-1])
+    if folder.local is not None:
+        _check_links(csv, folder.local, parents)
+
+
+def _check_links(csv: str, folder: Path, parents: dict[str, set[str]]) -> None:
     for parent, names in parents.items():
         # one listing a folder: resolving a million tiles one by one takes minutes on network storage
         directory = folder / parent

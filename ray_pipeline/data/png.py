@@ -12,12 +12,12 @@ from ray_pipeline.errors import UserError
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def read_png(path: Path) -> np.ndarray:
+def read_png(path: Path | str, content: bytes | None = None) -> np.ndarray:
     """A PNG -> pixels (H, W, S), S = 1 (grey) or 3 (red, green, blue), 8 or 16 bit; an alpha channel is left out.
 
-    UserError: other content, truncated or damaged file.
+    content: its bytes, where it is not on a disk. UserError: other content, truncated or damaged file.
     """
-    payload = path.read_bytes()
+    payload = path.read_bytes() if content is None else content
     colour_type = _check_png(path, payload)
     pixels = cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
@@ -29,7 +29,7 @@ def read_png(path: Path) -> np.ndarray:
     return colours[..., :1] if grey else colours
 
 
-def _check_png(path: Path, payload: bytes) -> int:
+def _check_png(path: Path | str, payload: bytes) -> int:
     # OpenCV decodes a truncated PNG in part, with no error: check every chunk's length and checksum.
     if not payload.startswith(PNG_SIGNATURE):
         raise UserError(f"{path}: expected a PNG image, found other content under that name; rename or remove it.")

@@ -21,7 +21,7 @@ _PIECE = 8 << 20  # bytes a request when all of a shard is read
 
 class Shard:
     """An open shard. On a disk it is memory-mapped, and the kernel told that rows come in any order: what it reads
-    ahead by itself is of other rows. Of a remote shard, each record is one request."""
+    ahead by itself is of other rows. Of a remote shard, each record or part is one request."""
 
     def __init__(self, folder: Folder, entry: dict, shape: tuple[int, ...]):
         self.folder, self.name, self.shape = folder, entry["file"], shape
@@ -58,11 +58,19 @@ class Shard:
         """The first `count` columns of one row, (count, C, H, W) fp16. May be called by several threads at once."""
         if self.mapped is not None:
             return self.mapped[row, variant, :count]
-        with self.folder.reaching(self.name):
-            data = self.file.read_at(count * self.latent_bytes, self._place(row, variant))
-        if len(data) != count * self.latent_bytes:
-            raise _damaged(self.folder, self.name, EOFError(f"it ends within row {row}"))
+        data = self.part(self._place(row, variant), count * self.latent_bytes)
         return np.frombuffer(data, dtype=np.float16).reshape(count, *self.shape[3:])
+
+    def part(self, first: int, size: int) -> bytes:
+        """`size` bytes of a remote shard from `first` on, in one request."""
+        try:
+            with self.folder.reaching(self.name):
+                data = self.file.read_at(size, first)
+        except FileNotFoundError as error:
+            raise _damaged(self.folder, self.name, error) from error
+        if len(data) != size:
+            raise _damaged(self.folder, self.name, EOFError(f"it ends before byte {first + size}"))
+        return data
 
     def _place(self, row: int, variant: int) -> int:
         """Where a record begins in the file."""

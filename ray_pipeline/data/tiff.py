@@ -1,5 +1,6 @@
 """TIFF files as microscopes and ImageJ write them: axes, channels and pixel size; damaged ones are refused."""
 
+import io
 import logging
 import os
 import struct
@@ -20,14 +21,16 @@ TIFFFILE_LOG = logging.getLogger("tifffile")
 _WITHHELD: ContextVar[list[logging.LogRecord] | None] = ContextVar("withheld", default=None)
 
 
-def read_tiff(path: Path) -> tuple[np.ndarray, list[str], float | None, list[str]]:
-    """A TIFF, ImageJ or OME TIFF file of one image -> pixels as stored, axes, micrometres a pixel, channel names.
+def read_tiff(path: Path | str, content: bytes | None = None) -> tuple[np.ndarray, list[str], float | None, list[str]]:
+    """A TIFF, ImageJ or OME TIFF file of one image, or its bytes -> pixels as stored, axes, micrometres a pixel,
+    channel names.
 
     axes: one letter a dimension as tifffile has them, '' where the file does not name it. UserError: unreadable or
     truncated file, several images, an image in several files. OSError: a file that cannot be opened.
     """
+    source = path if content is None else io.BytesIO(content)
     try:
-        with _log_of_good_files_only(), tifffile.TiffFile(path) as tiff:
+        with _log_of_good_files_only(), tifffile.TiffFile(source) as tiff:
             ome = ElementTree.fromstring(tiff.ome_metadata) if tiff.is_ome and tiff.ome_metadata else None
             if ome is not None:
                 _check_ome_is_one_file(path, ome)
@@ -81,10 +84,10 @@ def _withhold(record: logging.LogRecord) -> bool:
 TIFFFILE_LOG.addFilter(_withhold)
 
 
-def _check_tiff_is_whole(path: Path, tiff: tifffile.TiffFile) -> None:
+def _check_tiff_is_whole(path: Path | str, tiff: tifffile.TiffFile) -> None:
     # Strips behind the end of a truncated file may read as zeros and lost pages are only logged: compare
     # strips, and where the last page says the next one stands, with the size instead of trusting.
-    size = path.stat().st_size
+    size = tiff.filehandle.size
     ends = [a + b for page in tiff.pages for a, b in zip(page.dataoffsets, page.databytecounts, strict=True)]
     series, layout, handle = tiff.series[0], tiff.tiff, tiff.filehandle
     if series.dataoffset is not None:
@@ -97,12 +100,12 @@ def _check_tiff_is_whole(path: Path, tiff: tifffile.TiffFile) -> None:
         raise UserError(f"{path}: found a truncated TIFF ({size} bytes, {max(ends)} expected); copy or save it again.")
 
 
-def _check_ome_is_one_file(path: Path, ome: ElementTree.Element) -> None:
+def _check_ome_is_one_file(path: Path | str, ome: ElementTree.Element) -> None:
     # tifffile puts zeros where another file is missing. A renamed file is known by its UUID, without one by its name.
     own, others = ome.get("UUID"), set()
     for uuid in ome.findall(".//{*}TiffData/{*}UUID"):
         name = uuid.get("FileName", "another file")
-        is_own = uuid.text == own if own else name.lower() == path.name.lower()
+        is_own = uuid.text == own if own else name.lower() == Path(path).name.lower()
         others |= set() if is_own else {name}
     others |= {part.get("MetadataFile", "another file") for part in ome.findall("{*}BinaryOnly")}
     if others:
@@ -112,7 +115,7 @@ def _check_ome_is_one_file(path: Path, ome: ElementTree.Element) -> None:
         )
 
 
-def _check_ome_planes(path: Path, series: tifffile.TiffPageSeries) -> None:
+def _check_ome_planes(path: Path | str, series: tifffile.TiffPageSeries) -> None:
     # An acquisition that was stopped declares more planes than it wrote; tifffile puts zeros in their place.
     lacking = sum(page is None for page in series.pages)
     if lacking:

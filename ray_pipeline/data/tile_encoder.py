@@ -1,11 +1,10 @@
-"""Tiles and their hints -> latents: runs the autoencoder in batches, while two threads read and make the hints."""
+"""Tiles and their hints -> latents: runs the autoencoder in batches, while threads read and make the hints."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,13 +15,15 @@ from ray_pipeline.data.tile_reader import Request, TileReader
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.autoencoder import load_autoencoder
 
-#: tiles that are read before they are encoded; each comes with every variant of itself and of its hints
-_READ_AHEAD = 4
+#: threads that read, and tiles that are read before they are encoded: each comes with every variant of itself and of
+#: its hints. Object storage answers late, but many at once
+_THREADS, _READ_AHEAD = 2, 4
+_REMOTE_THREADS, _REMOTE_READ_AHEAD = 8, 8
 _FP16_MAX = float(np.finfo(np.float16).max)
 
 
 class TileEncoder:
-    """Holds the autoencoder and two threads that read."""
+    """Holds the autoencoder and the threads that read."""
 
     def __init__(self, job: EncodeJob, use_gpu: bool):
         self.job = job
@@ -31,7 +32,9 @@ class TileEncoder:
             job.autoencoder, device=device, precision=job.precision, posterior=job.posterior
         )
         self.reader = TileReader(job)
-        self.threads = ThreadPoolExecutor(2)
+        remote = self.reader.root.local is None
+        self.threads = ThreadPoolExecutor(_REMOTE_THREADS if remote else _THREADS)
+        self.read_ahead = _REMOTE_READ_AHEAD if remote else _READ_AHEAD
 
     def encode(self, requests: Sequence[Request]) -> tuple[np.ndarray, dict[int, Rejected]]:
         """Latents (requests, variants, columns, C, H, W) fp16, all requests asking for equally many; and the requests,
@@ -65,7 +68,7 @@ class TileEncoder:
         ahead: deque = deque()
         for request in requests:
             ahead.append(self.threads.submit(self.reader.images, request))
-            if len(ahead) > _READ_AHEAD:
+            if len(ahead) > self.read_ahead:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -89,7 +92,7 @@ class TileEncoder:
         if not np.abs(latent).max() <= _FP16_MAX:
             raise UserError(
                 f"the autoencoder gave a latent that fp16 cannot hold for {column} of "
-                f"{Path(self.job.root, request.row.path)}; check vae.pretrained, and use vae.precision=fp32"
+                f"{self.reader.root.where(request.row.path)}; check vae.pretrained, and use vae.precision=fp32"
             )
         return latent
 

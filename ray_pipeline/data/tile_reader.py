@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from ray_pipeline.data.rejected import Rejected
 from ray_pipeline.data.tile_table import TileRow
 from ray_pipeline.data.tiles import read_tile
 from ray_pipeline.errors import UserError
+from ray_pipeline.storage import Folder, StorageError
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,14 @@ class TileReader:
     """Makes the images of a request. Several threads may ask it at once."""
 
     def __init__(self, job: EncodeJob):
-        self.job = job
+        self.job, self.root = job, Folder(job.root)
 
     def images(self, request: Request) -> list[tuple[tuple[int, int], np.ndarray]] | Rejected:
-        """(variant, column) places and images, or what is wrong with the tile; a column asked for twice comes once."""
-        row, files = request.row, TileFiles(self.job, request.row)
+        """(variant, column) places and images, or what is wrong with the tile; a column asked for twice comes once.
+
+        StorageError: object storage does not answer, which is no fault of the tile.
+        """
+        row, files = request.row, TileFiles(self.job, self.root, request.row)
         images = []
         try:
             tile = files.tile()
@@ -44,11 +47,10 @@ class TileReader:
                 for column, name in enumerate(request.columns):
                     if request.columns.index(name) == column and name != "std":
                         images.append(((place, column), self._image(name, turned, files, variant)))
-        except BrokenHint:
+        except (BrokenHint, StorageError):
             raise
         except UserError as error:
-            path = Path(self.job.root, files.last)
-            return Rejected(row.id, files.last, str(error).removeprefix(f"{path}: "))
+            return Rejected(row.id, files.last, str(error).removeprefix(f"{self.root.where(files.last)}: "))
         return images
 
     def _image(self, column: str, turned: np.ndarray, files: TileFiles, variant: int) -> np.ndarray:
@@ -64,8 +66,8 @@ class TileReader:
 class TileFiles:
     """The files of one tile, each read once. last: path (relative to the data root) of the one read last."""
 
-    def __init__(self, job: EncodeJob, row: TileRow):
-        self.job, self.row = job, row
+    def __init__(self, job: EncodeJob, root: Folder, row: TileRow):
+        self.job, self.root, self.row = job, root, row
         self.last = row.path
         self.opened: dict[str, np.ndarray] = {}
 
@@ -93,5 +95,14 @@ class TileFiles:
     def _read(self, path: str) -> np.ndarray:
         self.last = path
         if path not in self.opened:
-            self.opened[path] = read_tile(Path(self.job.root, path))
+            local = self.root.local
+            self.opened[path] = read_tile(local / path) if local is not None else self._fetch(path)
         return self.opened[path]
+
+    def _fetch(self, path: str) -> np.ndarray:
+        """A tile in object storage."""
+        where = self.root.where(path)
+        try:
+            return read_tile(where, self.root.read(path))
+        except FileNotFoundError:
+            raise UserError(f"{where}: no such image file; copy it there again") from None

@@ -39,16 +39,16 @@ def write_tile(path: str | Path, unit_image: np.ndarray) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def read_tile(path: str | Path) -> np.ndarray:
+def read_tile(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """A tile (16 or 8-bit PNG or TIFF, or .npy/.npz in [-1, 1]) -> float32 (H, W) in [-1, 1].
 
-    UserError: missing, unreadable or truncated file, more than one plane, another dtype, array values
-    outside [-1, 1].
+    content: the bytes of a file in object storage, whose name in messages `path` is. UserError: missing, unreadable or
+    truncated file, more than one plane, another dtype, array values outside [-1, 1].
     """
-    path = Path(path)
-    if path.suffix.lower() in (".npy", ".npz"):
-        return _read_array_tile(path)
-    image = open_image(path)
+    path = Path(path) if content is None else str(path)
+    if Path(path).suffix.lower() in (".npy", ".npz"):
+        return _read_array_tile(path, content)
+    image = open_image(path, content=content)
     planes = image.sizes["T"] * image.sizes["C"] * image.sizes["Z"]
     if planes != 1 or image.dtype not in (np.uint8, np.uint16):
         raise UserError(
@@ -58,8 +58,8 @@ def read_tile(path: str | Path) -> np.ndarray:
     return image.plane(0, 0, 0).astype(np.float32) * np.float32(2.0 / np.iinfo(image.dtype).max) - np.float32(1.0)
 
 
-def _read_array_tile(path: Path) -> np.ndarray:
-    array = load_array(path)
+def _read_array_tile(path: Path | str, content: bytes | None) -> np.ndarray:
+    array = load_array(path, content)
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
         array = array[0] if array.shape[0] == 1 else array[..., 0]
     if array.ndim != 2 or array.dtype.kind != "f":

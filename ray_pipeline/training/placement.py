@@ -7,6 +7,7 @@ import os
 import ray
 
 from ray_pipeline.config import Config
+from ray_pipeline.data.stream import ENCODER_CPUS
 from ray_pipeline.errors import UserError
 from ray_pipeline.training.setup import stream_cpus, stream_gpus, stream_workers
 
@@ -25,10 +26,31 @@ def worker_resources(config: Config) -> dict[str, float]:
     return {"CPU": settings.cpus_per_worker} | gpu | settings.resources_per_worker
 
 
+def encode_actors(config: Config) -> int:
+    """Actors that encode beforehand: vae.actors, else one a GPU worker or a CPU core; at most ray.data_cpus."""
+    cores = os.cpu_count() or 1
+    if len(alive_nodes()) > 1:  # elsewhere the cores of this machine say nothing
+        cores = int(ray.cluster_resources().get("CPU", 0))
+    wanted = config.vae.actors or (config.ray.max_workers if uses_gpu(config) else cores)
+    return max(1, min(wanted, config.ray.data_cpus or wanted))
+
+
+def encoder_resources(config: Config) -> dict[str, float]:
+    """What one of the actors that encode beforehand takes."""
+    return {"CPU": ENCODER_CPUS} | ({"GPU": config.vae.gpus_per_actor or 1.0} if uses_gpu(config) else {})
+
+
 def check_resources(config: Config) -> None:
-    """UserError when the running Ray can never hold the workers, at least as few as may train, and their streams."""
+    """UserError when the running Ray can never hold the workers, at least as few as may train, and their streams, or
+    these streams take more than ray.data_cpus."""
     settings, have, each = config.ray, ray.cluster_resources(), worker_resources(config)
     workers = settings.min_workers
+    if settings.data_cpus is not None and stream_cpus(config) > settings.data_cpus:
+        raise UserError(
+            f"ray.data_cpus={settings.data_cpus}, but the autoencoders of data.mode=tiles take {stream_cpus(config):g} "
+            "CPU beside the training, at least one each worker; raise it, lower vae.actors or ray.num_workers, or use "
+            "data.mode=latents"
+        )
     need = {name: workers * amount for name, amount in each.items()}
     # a stream that finds no room waits, and its worker with it
     need["CPU"] += stream_cpus(config) * workers / settings.max_workers
@@ -40,17 +62,49 @@ def check_resources(config: Config) -> None:
                 f"ray.num_workers={_asked(config)} with its data streams needs {amount:g} {name}, but this Ray "
                 f"has {have.get(name, 0):g}; lower ray.num_workers or ray.resources_per_worker, or add nodes"
             )
-    rooms = [_room(node["Resources"], each) for node in ray.nodes() if node["Alive"]]
-    fitting = {
-        "STRICT_PACK": max(rooms),
-        "STRICT_SPREAD": sum(room > 0 for room in rooms),
-    }.get(settings.placement_strategy, sum(rooms))
+    fitting = workers_that_fit(config)
     if fitting < workers:
         raise UserError(
             f"ray.num_workers={_asked(config)} with ray.placement_strategy={settings.placement_strategy} needs room "
             f"for {workers} worker(s) of {in_words(each)}, each on one node, but there is room for {fitting}: "
             f"{_nodes_in_words(each)}; lower ray.num_workers or what a worker takes, or add larger nodes"
         )
+
+
+def workers_that_fit(config: Config) -> int:
+    """So many workers, each on one node, the running Ray has room for as ray.placement_strategy wants them."""
+    rooms = rooms_by_node(worker_resources(config)).values()
+    return {
+        "STRICT_PACK": max(rooms),
+        "STRICT_SPREAD": sum(room > 0 for room in rooms),
+    }.get(config.ray.placement_strategy, sum(rooms))
+
+
+def workers_by_node(config: Config) -> dict[str, int]:
+    """Node id -> how many workers it gets in an empty cluster, as ray.placement_strategy wants them; with PACK and
+    several ways to pack them the one with the fewest nodes."""
+    rooms = rooms_by_node(worker_resources(config))
+    placed = dict.fromkeys(rooms, 0)
+    strategy = config.ray.placement_strategy
+    most = 1 if strategy == "STRICT_SPREAD" else max(rooms.values())
+    for _ in range(min(config.ray.max_workers, workers_that_fit(config))):
+        open_nodes = [node for node in rooms if placed[node] < min(rooms[node], most)]
+        if strategy in ("SPREAD", "STRICT_SPREAD"):
+            chosen = min(open_nodes, key=placed.__getitem__)
+        else:
+            chosen = max(open_nodes, key=lambda node: (placed[node] > 0, rooms[node]))
+        placed[chosen] += 1
+    return placed
+
+
+def alive_nodes() -> list[dict]:
+    """The nodes of the running Ray, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def rooms_by_node(each: dict[str, float]) -> dict[str, int]:
+    """Node id -> how many times what `each` names fits there when nothing else runs."""
+    return {node["NodeID"]: _room(node["Resources"], each) for node in alive_nodes()}
 
 
 def groups_that_fit(config: Config) -> int:
@@ -63,7 +117,7 @@ def groups_that_fit(config: Config) -> int:
         need["CPU"] = max(need["CPU"], workers * (config.train.threads or os.cpu_count() or 1))
     if stream_gpus(config):
         need["GPU"] = need.get("GPU", 0) + workers * stream_workers(config) * stream_gpus(config)
-    rooms = [_room(node["Resources"], each) for node in ray.nodes() if node["Alive"]]
+    rooms = [*rooms_by_node(each).values()]
     groups = sum(rooms) // workers
     if settings.placement_strategy == "STRICT_PACK":
         groups = sum(room // workers for room in rooms)
@@ -100,7 +154,7 @@ def _room(node: dict[str, float], each: dict[str, float]) -> int:
 
 
 def _nodes_in_words(each: dict[str, float]) -> str:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in alive_nodes()]
     return (
         f"{len(nodes)} node(s), at most "
         + in_words({name: max(node.get(name, 0) for node in nodes) for name in each})

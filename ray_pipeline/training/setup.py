@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_pipeline.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
 from ray_pipeline.config import Config, parse_config
+from ray_pipeline.data.block_cache import block_cache
 from ray_pipeline.data.encode import STREAMED_TILES
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.data.latents import LatentStore
@@ -153,7 +154,9 @@ def open_data(job: PhaseJob) -> PhaseData:
     phase = config.phases[job.phase]
     context = ray.train.get_context()
     store = Folder(job.latents)
-    train_store, val_store = LatentStore.open(store.child("train")), LatentStore.open(store.child("val"))
+    cache = block_cache(config)
+    train_store = LatentStore.open(store.child("train"), cache, config.data.shuffle_window)
+    val_store = LatentStore.open(store.child("val"), cache)
     _check_hints(phase, train_store)
     source: LatentStore | TileSource = train_store
     datasets = train_store.datasets

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from ray_pipeline.data import latents
+from ray_pipeline.data import shard_reader
+from ray_pipeline.data.block_cache import BlockCache
 from ray_pipeline.data.latents import FORMAT_VERSION, DataSet, LatentStats, LatentStore, parse_stats
 from ray_pipeline.data.shards import write_shard
 from ray_pipeline.errors import UserError
@@ -78,19 +79,21 @@ class Written:
 
     root: Folder
     values: dict[str, np.ndarray]
+    cache: BlockCache | None = None
 
     @property
     def train(self) -> Folder:
         return self.root.child("train")
 
     def open(self) -> LatentStore:
-        return LatentStore.open(self.root)
+        return LatentStore.open(self.root, self.cache)
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "s3 with a cache"])
 def store(request, tmp_path) -> Written:
     root = Folder(tmp_path) if request.param == "local" else Folder(request.getfixturevalue("s3")).child(tmp_path.name)
-    return Written(root, write_store(root))
+    cache = BlockCache(2**24, str(tmp_path / "cache")) if request.param == "s3 with a cache" else None
+    return Written(root, write_store(root), cache)
 
 
 @pytest.fixture
@@ -217,7 +220,8 @@ def test_only_shards_that_hold_the_rows_are_opened(store):
 
 @pytest.mark.parametrize("times", [8, 3])
 def test_more_shards_than_are_kept_open_are_read_right(store, monkeypatch, times):
-    monkeypatch.setattr(latents, "_OPEN_SHARDS", 2 * times)
+    monkeypatch.setattr(shard_reader, "_MAPPED_SHARDS", 2 * times)
+    monkeypatch.setattr(shard_reader, "_REMOTE_SHARDS", 2 * times)
     index = json.loads(store.train.read("index.json"))
     change(store.train, "index.json", shards=index["shards"] * times)
     opened, rng = store.open(), np.random.default_rng(0)
@@ -225,7 +229,7 @@ def test_more_shards_than_are_kept_open_are_read_right(store, monkeypatch, times
     for batch in range(3):
         ids = rng.permutation(ROWS * times)[: 40 * (batch + 1)]
         np.testing.assert_array_equal(opened.gather(ids)["latent"], store.values["latent"][ids % ROWS, 0])
-        assert len(opened._opened) <= 2 * times
+        assert len(opened._reader._opened) <= 2 * times
 
 
 def test_a_pickled_store_is_small_and_reads_the_same_rows(store):

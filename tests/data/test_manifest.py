@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ray_pipeline.data.data_root import dataset_folders
 from ray_pipeline.data.manifest import (
     COLUMNS,
     ManifestWriter,
     bad_tiles,
     check_tiles,
-    dataset_folders,
     load_manifest,
     load_pairs,
     write_manifests,
@@ -248,7 +248,7 @@ def test_dataset_folders_are_those_with_manifests(tmp_path):
     more, cells = make_dataset(tmp_path, "more"), make_dataset(tmp_path, "cells")
     (tmp_path / "foundation" / "unfinished" / "images").mkdir(parents=True)
     shutil.copytree(more, tmp_path / "foundation" / ".more.partial")
-    assert dataset_folders(tmp_path) == [cells, more]
+    assert [folder.local for folder in dataset_folders(tmp_path)] == [cells, more]
     assert dataset_folders(tmp_path, "degraded") == []
 
 

@@ -1,0 +1,100 @@
+"""What `ray.runtime_env` may hold: packages, variables and files that Ray brings to every node. No code, and no
+credentials: config.yaml is stored with the run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ray_pipeline.errors import UserError
+
+FIELDS = ("env_vars", "pip", "uv", "working_dir", "py_modules", "excludes", "config")
+_CONFIG_FIELDS = ("setup_timeout_seconds", "eager_install", "log_files")
+#: fields of Ray's that this refuses, and why
+_REFUSED = {
+    "py_executable": "is a command that would run on every node",
+    "worker_process_setup_hook": "names code that would run in every process",
+    "conda": "chooses another Python than this one",
+    "container": "runs another image, with any options",
+    "image_uri": "runs another image",
+    "nsight": "is a command that would run on every node",
+    "_nsight": "is a command that would run on every node",
+    "rocprof_sys": "is a command that would run on every node",
+    "_rocprof_sys": "is a command that would run on every node",
+    "java_jars": "is code of another language",
+}
+#: variables by which a process loads code before ours, or takes another Python
+_CODE_VARIABLES = (
+    "LD_PRELOAD", "LD_AUDIT", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONBREAKPOINT", "BASH_ENV", "ENV",
+    "RAY_RUNTIME_ENV_HOOK", "RAY_RUNTIME_ENV_PLUGINS",
+)  # fmt: skip
+#: words in the name of a variable that holds a credential; what ends in one of _PLACES only says where one lies
+_CREDENTIALS = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS", "AUTH"}
+_PLACES = {"FILE", "PATH", "DIR"}
+_PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@|https?://[^/@\s]+@")
+
+
+def check_runtime_env(fields: Mapping[str, Any]) -> None:
+    """ValueError for a field that is unknown, runs code, or holds a credential; values of fields are never told."""
+    for name in fields:
+        if name in _REFUSED:
+            raise ValueError(f"{name} {_REFUSED[name]}; take it out, known here are {', '.join(FIELDS)}")
+        if name not in FIELDS:
+            raise ValueError(f"unknown field {name!r}; known here are {', '.join(FIELDS)}")
+    for name, known in (("env_vars", None), ("config", _CONFIG_FIELDS)):
+        found = fields.get(name, {})
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{name} is {type(found).__name__}, expected keys and values")
+        unknown = [] if known is None else [key for key in found if key not in known]
+        if unknown:
+            raise ValueError(f"unknown field {name}.{unknown[0]}; known are {', '.join(known)}")
+    for name, value in fields.get("env_vars", {}).items():
+        _check_variable(name, value)
+    if any(_PASSWORD_IN_URL.search(text) for text in _texts(fields)):
+        raise ValueError("a URL in it holds a password, which config.yaml would show; take it out")
+
+
+def _check_variable(name: Any, value: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"env_vars: {name!r} is no name of a variable")
+    if name in _CODE_VARIABLES:
+        raise ValueError(f"env_vars.{name} makes processes load other code; set it on the nodes where that is wanted")
+    words = name.upper().split("_")
+    if _CREDENTIALS.intersection(words) and words[-1] not in _PLACES:
+        raise ValueError(
+            f"env_vars.{name} looks like a credential, which config.yaml would show; set it in the environment of the "
+            "nodes, or give a path to a file that holds it"
+        )
+    if not isinstance(value, str):
+        raise ValueError(f"env_vars.{name} is no text; put its value in quotes")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text within lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in (*value.keys(), *value.values()):
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def make_runtime_env(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The fields as Ray checks and completes them, files that they name among it; None without any.
+
+    UserError for what Ray refuses.
+    """
+    if not fields:
+        return None
+    from ray.runtime_env import RuntimeEnv
+
+    try:
+        return RuntimeEnv(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"ray.runtime_env is not what Ray takes ({' '.join(str(error).split())[:300]}); see Ray's documentation of "
+            "runtime environments"
+        ) from None

@@ -1,0 +1,182 @@
+"""Training as a Ray job: what is submitted, and to which cluster."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+import ray_pipeline
+from ray_pipeline.config import Config, load_config
+from ray_pipeline.errors import UserError
+from ray_pipeline.job_paths import check_job_paths
+from ray_pipeline.runtime_env import check_runtime_env
+from ray_pipeline.storage import Folder
+
+#: Ray asks a stopped job with SIGTERM and kills it so many seconds later, by default 3; it wants a whole number, and
+#: takes it from the environment of the job
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+#: what a driver may need beyond ray.stop_timeout_seconds: to end the controller, draw the report, leave Ray
+_STOP_MARGIN_SECONDS = 90
+#: parts of Ray that tell of each upload and connection
+_TALKATIVE = (
+    "ray._private.runtime_env.packaging",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Ray's job API is given: the words of the entry point, the runtime environment and the metadata."""
+
+    words: tuple[str, ...]
+    runtime_env: dict[str, Any]
+    metadata: dict[str, str]
+
+    @property
+    def entrypoint(self) -> str:
+        """The words for a shell, since Ray runs one: whatever stands in them is a word and no code."""
+        return shlex.join(self.words)
+
+    def again(self, retry: int, first: str) -> Job:
+        """The job after its driver died: it goes on with the run, or begins it where nothing was begun."""
+        words = tuple(word for word in self.words if not word.startswith("--resume"))
+        return replace(
+            self, words=(*words, "--resume=auto"), metadata=self.metadata | {"retry": str(retry), "retry_of": first}
+        )
+
+
+def plan_job(
+    config_file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    working_dir: Path = Path(),
+    resume: bool | Literal["auto"] = False,
+    env: Sequence[str] = (),
+    pip: Sequence[str] = (),
+) -> Job:
+    """The job that trains with a config below `working_dir`, which is uploaded.
+
+    env: NAME=VALUE for driver and workers; pip: requirements to install; resume: as for `train`.
+    UserError for a wrong config, and for what would fail, be lost or be read by others in a job.
+    """
+    config = load_config(config_file, overrides)
+    if not working_dir.is_dir():
+        raise UserError(f"--working-dir {working_dir} is no folder; give the one to upload, which holds the config")
+    root, file = working_dir.resolve(), config_file.resolve()
+    if not file.is_relative_to(root):
+        raise UserError(
+            f"{config_file} is not in {root}, which is all that a job gets; submit from a folder that holds it, or "
+            "name one with --working-dir"
+        )
+    _check_config(config, root)
+    runtime_env = _runtime_env(config, root, env, pip)
+    # one word each, so that a value with a dash in front stays one
+    words = [f"--config={file.relative_to(root)}", *(f"--set={override}" for override in overrides)]
+    if resume:
+        words.append("--resume" if resume is True else f"--resume={resume}")
+    return Job(
+        words=("python", "-m", "ray_pipeline", "train", *words),
+        runtime_env=runtime_env,
+        metadata={
+            "job_name": f"ray-pipeline train {Folder(config.output_dir).name}",
+            "config": str(file.relative_to(root)),
+            "output_dir": config.output_dir,
+            "phases": ", ".join(phase.name for phase in config.phases),
+            "ray_pipeline": ray_pipeline.__version__,
+        },
+    )
+
+
+def _check_config(config: Config, working_dir: Path) -> None:
+    check_job_paths(config, working_dir)
+    for location in (config.output_dir, config.data.root, config.data.latents, config.checkpoint.store):
+        if location is not None:
+            Folder(location)  # it refuses a password
+    if config.ray.address != "auto":
+        raise UserError(
+            f"ray.address={config.ray.address}: a job runs on the cluster that it is submitted to; leave it at auto"
+        )
+
+
+def _runtime_env(config: Config, working_dir: Path, env: Sequence[str], pip: Sequence[str]) -> dict[str, Any]:
+    """What Ray brings to every process of the job; UserError for what is wrong, or what others should not read."""
+    variables = {STOP_WAIT: str(math.ceil(config.ray.stop_timeout_seconds) + _STOP_MARGIN_SECONDS)}
+    for text in env:
+        name, mark, value = text.partition("=")
+        if not mark:
+            raise UserError(f"--env {name}: expected NAME=VALUE, such as HF_HOME=/shared/hub")
+        variables[name] = value
+    fields = {"working_dir": str(working_dir), "env_vars": variables} | ({"pip": list(pip)} if pip else {})
+    try:
+        check_runtime_env(fields)
+    except ValueError as error:
+        raise UserError(f"--env or --pip: {error}") from None
+    if not re.fullmatch("[0-9]+", variables[STOP_WAIT]):  # Ray would fail over it when the job is to be stopped
+        raise UserError(f"--env {STOP_WAIT}={variables[STOP_WAIT]}: expected a whole number of seconds")
+    of_config = config.ray.runtime_env
+    twice = [name for name in of_config if name != "env_vars" and name in fields]
+    twice += [f"env_vars.{name}" for name in of_config.get("env_vars", {}) if name in variables]
+    if twice:  # Ray would refuse the driver
+        raise UserError(f"ray.runtime_env.{twice[0]} is what a job is given with its submission; take it out of one")
+    return fields
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """Ray's client for the cluster at `address`, the URL of its dashboard; without one as Ray finds it
+    (RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a Ray on this machine). UserError where none answers, or wants a token."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if address is not None:
+        if "://" not in address:
+            raise UserError(f"--address {address}: expected the URL of the dashboard, such as http://HEAD:8265")
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets this variable, and RAY_ADDRESS, overrule its argument
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise refusal(error) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"no Ray answers at {address or 'the address in the environment, nor on this machine'} "
+            f"({on_one_line(error)}); give --address the URL of a cluster's dashboard, such as http://HEAD:8265"
+        ) from error
+
+
+def submit_job(client: JobSubmissionClient, job: Job) -> str:
+    """Upload the working directory and start the job; returns its submission id. UserError where Ray refuses."""
+    try:
+        return client.submit_job(entrypoint=job.entrypoint, runtime_env=job.runtime_env, metadata=dict(job.metadata))
+    except AuthenticationError as error:
+        raise refusal(error) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"the cluster did not take the job ({on_one_line(error)})") from error
+
+
+def next_commands(client: JobSubmissionClient, job_id: str) -> list[str]:
+    """Ray's own commands for a job that runs, in words."""
+    address = re.sub(r"//[^/@]*@", "//", client.get_address())  # without a password
+    words = shlex.join([job_id, "--address", address])
+    return [f"logs      ray job logs --follow {words}", f"stop      ray job stop {words}"]
+
+
+def refusal(error: AuthenticationError) -> UserError:
+    """A missing or wrong token, in words."""
+    return UserError(
+        f"the cluster refuses this computer ({on_one_line(error.message)}); set RAY_AUTH_MODE=token, and the cluster's "
+        "token in RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds it"
+    )
+
+
+def on_one_line(error: object) -> str:
+    """The beginning of a message, without its line breaks."""
+    return " ".join(str(error).split())[:300].rstrip(".")

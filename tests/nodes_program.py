@@ -1,0 +1,85 @@
+"""Three Ray nodes on this machine, and what is asked of them; in a process of its own, beside the session's Ray.
+
+    python nodes_program.py FOLDER
+
+FOLDER/shared is the working directory of this process, of the head (no CPU) and of one node, FOLDER/elsewhere that of
+the other: a path below /proc/self/cwd is another folder there, as one on a local disk would be. FOLDER/commands.json:
+{name: words of the command `check`}. Prints as JSON {name: [exit status, what was printed]}; the same of `check_nodes`
+instead of the command where the name begins so; and "silent", what is told of nodes when one hangs.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import psutil
+from ray.cluster_utils import Cluster
+
+from ray_pipeline.cli import main
+from ray_pipeline.config import load_config
+from ray_pipeline.errors import UserError
+from ray_pipeline.ray_session import ray_session
+from ray_pipeline.training.nodes import Places, ask, check_nodes, find_problems, working_nodes
+
+
+def start_nodes(folder: Path) -> Cluster:
+    nodes = Cluster()
+    for place, cpus in (("shared", 0), ("shared", 2), ("elsewhere", 3)):
+        (folder / place).mkdir(exist_ok=True)
+        os.chdir(folder / place)
+        nodes.add_node(num_cpus=cpus, include_dashboard=False)
+    os.chdir(folder / "shared")
+    return nodes
+
+
+def run(words: list[str], address: str) -> tuple[int, str]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main([*words, "--address", address])
+    return code, printed.getvalue()
+
+
+def config_of(words: list[str], address: str):
+    settings = [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
+    return load_config(words[words.index("--config") + 1], [*settings, f"ray.address={address}"])
+
+
+def call_check_nodes(words: list[str], address: str) -> tuple[int, str]:
+    config = config_of(words, address)
+    with ray_session(config.ray):
+        try:
+            check_nodes(config)
+        except UserError as error:
+            return 2, str(error)
+    return 0, ""
+
+
+def ask_while_a_node_hangs(nodes: Cluster, words: list[str]) -> str:
+    config, places = config_of(words, nodes.address), Places([], [], {})
+    raylet = psutil.Process(nodes.list_all_nodes()[-1].all_processes["raylet"][0].process.pid)
+    with ray_session(config.ray):
+        asked = working_nodes(config)
+        assert find_problems(places, asked, ask(asked, places, 60)) == {}
+        raylet.suspend()
+        try:
+            return find_problems(places, asked, ask(asked, places, 3))["nodes"]
+        finally:
+            raylet.resume()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    commands = json.loads((folder / "commands.json").read_text())
+    nodes = start_nodes(folder)
+    try:
+        answers = {
+            name: (call_check_nodes if name.startswith("check_nodes") else run)(words, nodes.address)
+            for name, words in commands.items()
+        }
+        answers["silent"] = ask_while_a_node_hangs(nodes, commands["well"])
+    finally:
+        nodes.shutdown()
+    print(json.dumps(answers))

@@ -1,0 +1,146 @@
+"""`check` on a cluster: the plan against what three nodes have; folders that are not the same one on every node."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ray_pipeline
+from ray_pipeline.check_cluster import memory_split
+from ray_pipeline.config import parse_config
+from ray_pipeline.estimate import worker_memory
+from ray_pipeline.training.build import make_network, make_state
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = Path(__file__).with_name("nodes_program.py")
+#: below it, another folder on one of the nodes
+LOCAL = "/proc/self/cwd"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_data, tiny_autoencoder) -> Path:
+    """`shared` and what the run reads in it; `other`: this package, one line of it changed."""
+    folder = tmp_path_factory.mktemp("nodes")
+    shutil.copytree(tiny_autoencoder, folder / "shared" / "autoencoder")
+    shutil.copytree(tiny_data, folder / "shared" / "data", ignore=shutil.ignore_patterns("latents"))
+    shutil.copytree(Path(ray_pipeline.__file__).parent, folder / "other" / "ray_pipeline")
+    with open(folder / "other" / "ray_pipeline" / "errors.py", "a") as file:
+        file.write("# another version\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(folder, s3_server) -> dict:
+    """What each command said."""
+    store = s3_server.make_bucket("nodes").replace("?", "/run?")
+    small = ["data.tile_size=64", "model.latent_size=8", "data.simulate=null", "train.global_batch=16"]
+    there = [f"data.root={folder}/shared/data", f"vae.pretrained={folder}/shared/autoencoder"]
+    well = [f"output_dir={folder}/shared/run", *there, f"checkpoint.store={store}", "ray.num_workers=[1,3]"]
+    settings = {
+        "well": [*well, "ray.data_cpus=4", "ray.object_store_gib=0.25"],
+        "wrong": [
+            f"output_dir={LOCAL}/run", f"data.root={LOCAL}/data", f"vae.pretrained={LOCAL}/autoencoder",
+            "ray.num_workers=3", "ray.placement_strategy=STRICT_SPREAD", "train.batch_size=100000000",
+            f"ray.runtime_env={{env_vars: {{PYTHONPATH: {folder}/other}}}}",
+        ],
+        "check_nodes": well,
+        "check_nodes refused": [*well, f"output_dir={LOCAL}/run"],
+    }  # fmt: skip
+    commands = {
+        name: ["check", "--config", f"{ROOT}/configs/demo.yaml", *(f"--set={word}" for word in [*small, *changes])]
+        for name, changes in settings.items()
+    }
+    (folder / "commands.json").write_text(json.dumps(commands))
+    done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def lines_of(answer: tuple[int, str]) -> dict[str, str]:
+    """What each line says after its name, FAIL in front where something is wrong."""
+    found = re.findall(r"^(ok|FAIL) +(memory \S+|\S+ on nodes|node .*?\)|\w+ \w+|\S+)  *(.*)$", answer[1], re.MULTILINE)
+    return {what: ("FAIL " if state == "FAIL" else "") + words for state, what, words in found}
+
+
+def test_a_plan_that_fits_is_told_fact_by_fact(answers):
+    code, text = answers["well"]
+    lines = lines_of(answers["well"])
+    assert code == 0, text
+    assert "FAIL" not in text
+    nodes = [words for what, words in lines.items() if what.startswith("node ")]
+    assert sorted(words[:5] for words in nodes) == ["0 CPU", "2 CPU", "3 CPU"]
+    assert sorted(int(re.search(r"takes (\d)", words)[1]) for words in nodes) == [0, 0, 3]  # PACK
+    assert lines["workers"] == "1 to 3 of 1 CPU needed (PACK), room for 5"
+    assert lines["batch"] == "16 a step = 6 or 5 on each of 3 worker(s), in 1 micro-step(s) of 16"
+    assert lines["encode actors"].startswith("4 of 1 CPU wanted (ray.data_cpus=4), room for 5")
+    assert "gather, of 0 CPU each" in lines["streams"]
+    assert "at most 256 MiB" in lines["object store"]
+    for part in ("parameters", "gradients", "Adam", "average(s)", "activations", "for 3 worker(s), of"):
+        assert part in lines["memory phase1_unconditional"]
+    for what in ("output_dir", "data.latents", "checkpoint.store"):
+        assert re.search(rf"^ok    {what} .*the same folder, readable and writable, on 2 node", text, re.MULTILINE)
+    assert "4 file(s) the same on 2 node(s)" in lines["data.root"]
+    assert f"{torch.__version__.partition('+')[0]}" in lines["torch on nodes"]
+    assert "on 3 node(s)" in lines["sources on nodes"]
+    assert "endpoint_override" not in text
+
+
+def test_every_part_that_does_not_fit_is_named(answers):
+    code, text = answers["wrong"]
+    lines = lines_of(answers["wrong"])
+    failed = {what for what, words in lines.items() if words.startswith("FAIL")}
+    memory = {"memory phase1_unconditional", "memory phase2_conditional"}
+    places = {"data.latents", "data.root", "vae.pretrained"}
+    assert code == 1
+    assert failed - {"output_dir"} == {"workers", "sources on nodes"} | memory | places, text
+    assert "room for 2:" in lines["workers"]
+    assert "train.activation_checkpointing" in lines["memory phase1_unconditional"]
+    assert f"output_dir={LOCAL}/run is not the same folder on every node" in text
+    assert re.search("data.root=.* does not hold the same files .* has no foundation/simulated/manifests/", text)
+    assert re.search("vae.pretrained=.* has no config.json there", text)
+    assert "other source files than here on" in lines["sources on nodes"]
+    assert "8 problem(s)" in text
+
+
+def test_before_training_a_local_folder_is_refused_in_one_sentence(answers):
+    assert answers["check_nodes"] == [0, ""]
+    code, words = answers["check_nodes refused"]
+    assert code == 2
+    assert re.fullmatch(
+        rf"output_dir={LOCAL}/run is not the same folder on every node: node \S+ \(.*\) does not see what the driver "
+        r"wrote there; give a folder that all nodes share \(NFS, \.\.\.\) or an s3:// URI",
+        words,
+    )
+
+
+def test_a_node_that_does_not_answer_is_named(answers):
+    assert re.match(r"node \S+ \(.*?\) did not answer within 3 s;", answers["silent"])
+
+
+def test_nothing_is_left_behind(answers, folder):
+    assert [path for path in folder.rglob("*") if "probe" in path.name] == [
+        folder / "other" / "ray_pipeline" / "node_probe.py"
+    ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": {"enabled": False}}, {"train": {"precision": "bf16"}}])
+def test_the_memory_of_a_worker_is_told_by_its_parts(changes):
+    model = {"architecture": "custom", "depth": 2, "hidden_size": 64, "num_heads": 4, "patch_size": 2, "latent_size": 8}
+    tree = {"model": model, "data": {"tile_size": 64}, "phases": [{"name": "one", "epochs": 1}]}
+    config = parse_config(tree | changes)
+    split = memory_split(config, config.phases[0])
+    network = make_network(config, config.phases[0])
+    state = make_state(config, network)
+    weights = sum(4 * p.numel() for p in network.parameters())
+    trained = sum(4 * p.numel() for p in network.parameters() if p.requires_grad)
+    averaged = sum(4 * tensor.numel() for average in state.averages for tensor in average.tensors().values())
+    assert split["parameters"] == weights
+    assert (split["gradients"], split["Adam"]) == (trained, 2 * trained)
+    assert split[f"{len(state.averages)} average(s)"] == averaged
+    assert split["activations"] > 0
+    assert sum(split.values()) == worker_memory(config, config.phases[0])
