@@ -38,6 +38,7 @@ setup(
         "huggingface-hub>=0.23",
         "psutil>=5.9",
         "jinja2>=3.1",
+        "aiohttp>=3.9",  # what Ray's job client raises
     ],
     extras_require={
         "zarr": ["zarr>=3"],  # OME-Zarr folders

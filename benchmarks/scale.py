@@ -57,9 +57,6 @@ OPEN_REQUESTS = 2
 LATELY, JUST_NOW = 72_000, 1_000
 MOST_TURNS = 128
 GRADIENT_BYTES = 4  # weights are fp32, under autocast too, and DDP reduces gradients as they are
-#: how often a rank that goes on reads an average: TrainState.restore asks whether each is there, which reads it, before
-#: it reads them
-AVERAGE_READS = 2
 STORED_SHARDS = 64  # of the store that is read here
 GB, MB = 1e9, 1e6
 
@@ -302,7 +299,7 @@ def turns(
     first, a_step = total // 2, max(1, plan.global_batch // world_size)
     for rank, store in stores.items():
         settings = job.stream(plan, store, rank, world_size)
-        steps = _chunk_steps(replace(settings, source=SimpleNamespace(shape=job.stored.shape)), total)
+        steps = _chunk_steps(replace(settings, source=SimpleNamespace(shape=job.stored.shape)), total, math.inf)
         before = range(max(0, first - lately // a_step), first)
         ids = plan.ids(np.concatenate([plan.positions(step, rank, world_size) for step in before]))
         store._reader._shards(set((ids // job.config.data.shard_rows).tolist()), map)
@@ -383,12 +380,11 @@ def storage_row(job: Job, a: Assumptions, row: Row, cost: StreamCost, store: Lat
 
 
 def checkpoint_row(job: Job, a: Assumptions, row: Row, cost: StreamCost) -> Row:
-    """Rank 0 writes all of a checkpoint. To go on, rank 0 reads it to check its hashes, then every rank reads it, its
-    averages AVERAGE_READS times; each rank reads the index of the training store, too."""
+    """Rank 0 writes all of a checkpoint. To go on, rank 0 reads it to check its hashes, then every rank reads it;
+    each rank reads the index of the training store, too."""
     gpus, size, minutes = row["gpus"], job.estimate.checkpoint_bytes, job.config.checkpoint.every_minutes
     index = cost.index_entry * -(-a.samples // job.config.data.shard_rows)
-    again = (AVERAGE_READS - 1) * job.averages * 4 * job.estimate.parameters
-    restart = (gpus + 1) * size + gpus * (again + index)
+    restart = (gpus + 1) * size + gpus * index
     return {
         "checkpoint_bytes": size,
         "timed_bytes_per_second": size / (60 * minutes) if minutes else 0.0,
@@ -684,8 +680,7 @@ def assumed_in_words(job: Job, a: Assumptions, arguments: argparse.Namespace) ->
         ("checkpoint", f"every {config.checkpoint.every_minutes or math.inf:g} minutes: weights, Adam's two moments, "
                        f"{job.averages} averages, fp32; and "
                        f"{estimate.snapshot_bytes / GB:.0f} GB of snapshots over the phase"),
-        ("restart", f"every rank reads the checkpoint, its averages {AVERAGE_READS} times; storage gives "
-                    f"{a.storage / GB:g} GB/s to all together"),
+        ("restart", f"every rank reads the checkpoint; storage gives {a.storage / GB:g} GB/s to all together"),
         ("measured", f"here, on {cpu_model()}; no GPU, no second machine"),
     )  # fmt: skip
     return "Assumptions\n" + "\n".join(f"  {name:<13} {words}" for name, words in lines)

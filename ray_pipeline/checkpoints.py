@@ -55,6 +55,9 @@ class Checkpoint(Mapping[str, dict[str, Tensor]]):
     def name(self) -> str:
         return self._folder.name
 
+    def __contains__(self, group: object) -> bool:
+        return group in self._groups  # Mapping would read the file
+
     def __getitem__(self, group: str) -> dict[str, Tensor]:
         """Tensors of a group by name; DamagedCheckpoint when the file is not the one that was committed."""
         if group not in self._groups:

@@ -4,8 +4,9 @@
 
 FOLDER/shared is the working directory of this process, of the head (no CPU) and of one node, FOLDER/elsewhere that of
 the other: a path below /proc/self/cwd is another folder there, as one on a local disk would be. FOLDER/commands.json:
-{name: words of the command `check`}. Prints as JSON {name: [exit status, what was printed]}; the same of `check_nodes`
-instead of the command where the name begins so; and "silent", what is told of nodes when one hangs.
+{"well": words of the command `check`, "wrong": those of another}. Prints as JSON {name: [exit status, what was
+printed]}, "check_nodes": what it says to the config of `well`, and to the same with the output_dir of `wrong`, and
+"silent": what is told of nodes when one hangs.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from ray_pipeline.cli import main
-from ray_pipeline.config import load_config
+from ray_pipeline.config import Config, load_config
 from ray_pipeline.errors import UserError
 from ray_pipeline.ray_session import ray_session
 from ray_pipeline.training.nodes import Places, ask, check_nodes, find_problems, working_nodes
@@ -42,32 +43,28 @@ def run(words: list[str], address: str) -> tuple[int, str]:
     return code, printed.getvalue()
 
 
-def config_of(words: list[str], address: str):
+def config_of(words: list[str], address: str) -> Config:
     settings = [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
     return load_config(words[words.index("--config") + 1], [*settings, f"ray.address={address}"])
 
 
-def call_check_nodes(words: list[str], address: str) -> tuple[int, str]:
-    config = config_of(words, address)
-    with ray_session(config.ray):
-        try:
-            check_nodes(config)
-        except UserError as error:
-            return 2, str(error)
-    return 0, ""
+def refusal(config: Config) -> str:
+    """What check_nodes says; nothing where it finds all well."""
+    try:
+        check_nodes(config)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
-def ask_while_a_node_hangs(nodes: Cluster, words: list[str]) -> str:
-    config, places = config_of(words, nodes.address), Places([], [], {})
+def ask_while_a_node_hangs(nodes: Cluster, config: Config) -> str:
     raylet = psutil.Process(nodes.list_all_nodes()[-1].all_processes["raylet"][0].process.pid)
-    with ray_session(config.ray):
-        asked = working_nodes(config)
-        assert find_problems(places, asked, ask(asked, places, 60)) == {}
-        raylet.suspend()
-        try:
-            return find_problems(places, asked, ask(asked, places, 3))["nodes"]
-        finally:
-            raylet.resume()
+    asked, places = working_nodes(config), Places([], [], {})
+    raylet.suspend()
+    try:
+        return find_problems(places, asked, ask(asked, places, 3))["nodes"]
+    finally:
+        raylet.resume()
 
 
 if __name__ == "__main__":
@@ -75,11 +72,12 @@ if __name__ == "__main__":
     commands = json.loads((folder / "commands.json").read_text())
     nodes = start_nodes(folder)
     try:
-        answers = {
-            name: (call_check_nodes if name.startswith("check_nodes") else run)(words, nodes.address)
-            for name, words in commands.items()
-        }
-        answers["silent"] = ask_while_a_node_hangs(nodes, commands["well"])
+        answers = {name: run(words, nodes.address) for name, words in commands.items()}
+        config = config_of(commands["well"], nodes.address)
+        local = config.model_copy(update={"output_dir": config_of(commands["wrong"], nodes.address).output_dir})
+        with ray_session(config.ray):
+            answers["check_nodes"] = [refusal(config), refusal(local)]
+            answers["silent"] = ask_while_a_node_hangs(nodes, config)
     finally:
         nodes.shutdown()
     print(json.dumps(answers))

@@ -193,7 +193,6 @@ def test_checkpoints_and_restarts_have_the_bytes_of_real_ones(
     for _ in range(2):
         make_state(job.config, make_network(job.config, job.phase)).restore(newest)
     index = 2 * 100 * ROWS // SHARD_ROWS
-    # where this fails since each file is read once a rank: AVERAGE_READS of the script is 1 now
     assert row["restart_bytes"] - index == pytest.approx(sum(sizes[file] for file in read), rel=0.02)
 
 

@@ -42,6 +42,7 @@ class BlockCache:
     def __init__(self, limit: int, folder: str | None = None):
         self.limit, self.folder = limit, folder
         self._whole: set[str] = set()  # blocks whose hash this process has seen
+        self._believed = False  # the folder is there, and nobody else's
         self._refused = False
 
     def __reduce__(self):
@@ -55,12 +56,13 @@ class BlockCache:
 
         sha256: of the file (hex), of which the block is `size` bytes from `first` on. fetch: may raise a UserError.
         """
-        name = f"{sha256}-{first}-{size}"
-        found = self._from_disk(name, size, spans)
-        if found is not None or self._refused:
-            return found
-        data = None
+        name, data = f"{sha256}-{first}-{size}", None
         try:
+            if not self._believed:
+                self._make_place()
+            found = self._from_disk(name, size, spans)
+            if found is not None or self._refused:
+                return found
             with self._part(name) as part:
                 if (found := self._from_disk(name, size, spans)) is not None:  # another process was first
                     return found
@@ -118,16 +120,18 @@ class BlockCache:
         try:
             yield part
         finally:
-            if _is_at(part, path):
-                path.unlink()
+            with suppress(OSError):
+                if _is_at(part, path):
+                    path.unlink()
             os.close(part)
 
     def _make_place(self) -> None:
-        """Make the folder. In one of everybody's it must be this user's own."""
+        """Make the folder. Where everybody may make one it must be this user's own, as its blocks are believed."""
         self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = self.place.lstat()
         if self.folder is None and not (stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()):
             raise OSError(errno.EPERM, "it is a link, or somebody else's")
+        self._believed = True
 
     def _keep(self, name: str, part: int, data: bytes) -> None:
         """Put a block in its place, where there is or can be made room for it."""

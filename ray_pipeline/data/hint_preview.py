@@ -44,4 +44,4 @@ def with_hints(job: EncodeJob, names: Sequence[str], given: dict) -> EncodeJob:
 
 def _chosen(listing: Listing, count: int) -> list[TileRow]:
     rows = [row for split in SPLITS for row in listing.rows[split]]
-    return [rows[index] for index in spread(np.arange(len(rows)), count)]
+    return [rows[index] for index in spread(len(rows), count)]

@@ -47,7 +47,7 @@ class Listing:
         datasets: dict[str, list[DataSet]] = {split: [] for split in SPLITS}
         for split, entries in self.datasets.items():
             for entry in entries:
-                chosen = entry.start + spread(np.arange(entry.count), limit)
+                chosen = entry.start + spread(entry.count, limit)
                 datasets[split].append(_dataset(entry.name, rows[split], [self.rows[split][row] for row in chosen]))
         return replace(self, rows=rows, datasets=datasets)
 
@@ -64,11 +64,9 @@ class Listing:
         return replace(self, rows=rows, datasets=datasets)
 
 
-def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the rows, evenly spaced."""
-    if len(rows) <= count:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+def spread(total: int, count: int) -> np.ndarray:
+    """At most `count` of the numbers below `total`, evenly spaced, int64."""
+    return np.linspace(0, total - 1, min(total, count)).round().astype(np.int64)
 
 
 def _dataset(name: str, before: list[TileRow], rows: list[TileRow]) -> DataSet:

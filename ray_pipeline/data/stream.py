@@ -30,6 +30,8 @@ from ray_pipeline.data.tile_source import TileSource
 
 #: a chunk of stored latents holds about so much: a chunk costs Ray the same 30 ms of two cores whatever its size
 _CHUNK_BYTES = 64 * 2**20
+#: and at most such a part of a rank's share of Ray's object store: with less than twenty in it a stream stood still
+_STORE_PARTS = 24
 #: a short phase is cut into so many chunks at least, lest this process gather a large part of it
 _MIN_CHUNKS = 8
 #: chunks whose numbers one Ray task tells; every chunk is gathered by a task of its own, so that all actors have work
@@ -126,7 +128,8 @@ def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterato
     """
     if first_step >= last_step:
         return
-    chunks = Chunks(first_step, last_step, _chunk_steps(settings, last_step - first_step))
+    room = ray.cluster_resources()["object_store_memory"]
+    chunks = Chunks(first_step, last_step, _chunk_steps(settings, last_step - first_step, room))
     # Ray Data needs seconds for its first chunk, so this process gathers one meanwhile
     own = 0 if settings.encodes else 1
     items = _arriving(_dataset(settings, chunks, own)) if own < len(chunks) else iter(())
@@ -153,13 +156,17 @@ def _starved(settings: StreamSettings, step: int) -> str:
     )
 
 
-def _chunk_steps(settings: StreamSettings, steps: int) -> int:
-    """Steps of a chunk. An actor that encodes takes one, so that a step is always encoded in the same batches."""
+def _chunk_steps(settings: StreamSettings, steps: int, object_store_bytes: float) -> int:
+    """Steps of a chunk. An actor that encodes takes one, so that a step is always encoded in the same batches.
+
+    object_store_bytes: of all nodes of the Ray.
+    """
     if settings.encodes:
         return 1
     row_bytes = 2 * int(np.prod(settings.source.shape)) * (1 + len(settings.hints))
     step_bytes = row_bytes * -(-settings.mixture.plan.global_batch // settings.world_size)
-    return max(1, min(_CHUNK_BYTES // step_bytes, -(-steps // _MIN_CHUNKS)))
+    chunk_bytes = min(_CHUNK_BYTES, object_store_bytes / settings.world_size / _STORE_PARTS)
+    return max(1, min(int(chunk_bytes // step_bytes), -(-steps // _MIN_CHUNKS)))
 
 
 def _dataset(settings: StreamSettings, chunks: Chunks, first: int) -> ray.data.Dataset:

@@ -27,7 +27,7 @@ class Nearest:
 def nearest(store: LatentStore, latents: np.ndarray, limit: int) -> Nearest:
     """Search at most `limit` tiles, evenly spread over the store and their variants, for latents (N, C, H, W) as the
     autoencoder knows them."""
-    tiles = spread(np.arange(len(store) * store.variants), limit)
+    tiles = spread(len(store) * store.variants, limit)
     wanted = torch.from_numpy(store.stats.normalise(latents, 1.0)).flatten(1)
     best = torch.full((len(wanted),), torch.inf)
     found = torch.zeros(len(wanted), dtype=torch.int64)

@@ -60,7 +60,7 @@ class _Columns:
 def _unconditional(run: PhaseRun, autoencoder: Autoencoder, noise: torch.Tensor) -> _Columns:
     samples = _sample(run, noise, {})
     limit = run.config.monitoring.nearest_tiles
-    shown = run.val_store.gather(run.val_rows[spread(np.arange(len(run.val_rows)), len(noise))], hints=())["latent"]
+    shown = run.val_store.gather(run.val_rows[spread(len(run.val_rows), len(noise))], hints=())["latent"]
     window = Window.of(_decode(run, autoencoder, shown))
     columns, captions = [("sample", window.shown(_decode(run, autoencoder, samples)))], {}
     if limit:
@@ -72,7 +72,7 @@ def _unconditional(run: PhaseRun, autoencoder: Autoencoder, noise: torch.Tensor)
 
 
 def _conditional(run: PhaseRun, autoencoder: Autoencoder, noise: torch.Tensor) -> _Columns:
-    shown = spread(np.arange(len(run.val_rows)), len(noise))
+    shown = spread(len(run.val_rows), len(noise))
     values = run.val_store.gather(run.val_rows[shown], hints=run.hints, simulated=run.val_simulated[shown])
     samples = _decode(run, autoencoder, _sample(run, noise, values))
     target = _decode(run, autoencoder, values["latent"])

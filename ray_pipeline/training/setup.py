@@ -164,7 +164,7 @@ def open_data(job: PhaseJob) -> PhaseData:
         table = TileTable(store.child("train"), STREAMED_TILES)
         source, datasets = TileSource(encode_job(config), table, stream_gpus(config) > 0), table.datasets
     val_rows, val_simulated = validation_rows(phase, val_store.datasets, str(val_store.folder))
-    shown = spread(np.arange(len(val_rows)), config.monitoring.val_tiles)
+    shown = spread(len(val_rows), config.monitoring.val_tiles)
     checkpoints = CheckpointStore(config.checkpoint_store)
     start = _begin(checkpoints, phase.name, context.get_world_rank(), context.get_world_size())
     return PhaseData(

@@ -168,7 +168,7 @@ def untrained_loss(run: PhaseRun, limit: int = 1024) -> tuple[float, float]:
     A fresh DiT returns zero, so this is 1 if and only if the latents are normalised to sigma_data; on all of those
     tiles exactly so but for the noise, on `limit` of them but for the choice too. All ranks call it.
     """
-    tiles = spread(np.arange(len(run.train_store)), limit)
+    tiles = spread(len(run.train_store), limit)
     sigmas = run.edm.validation_sigmas(run.config.monitoring.val_noise_levels)
     losses = torch.zeros((len(tiles), len(sigmas)), dtype=torch.float64, device=run.device)
     network = run.state.network.eval()

@@ -170,8 +170,8 @@ def test_validation_judges_the_averaged_weights_and_leaves_the_trained_ones(tmp_
         [*range(7), *range(100), *range(7)],
         [*range(3), *range(3), *range(3)],
         [5, 5, 6, 6, 7],
-        spread(np.array([*range(300), *range(1000, 1100), *range(300)]), 128),
-        spread(np.array([*range(64), *range(64)]), 100),
+        np.array([*range(300), *range(1000, 1100), *range(300)])[spread(700, 128)],
+        np.array([*range(64), *range(64)])[spread(128, 100)],
     ],
     ids=len,
 )
