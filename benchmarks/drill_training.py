@@ -64,8 +64,8 @@ FULL = (
     Part("cluster", 2, ("raylet",) * 3 + ("driver", "worker"), (0, NODE_CPUS, NODE_CPUS)),
     Part("s3", 2, SHORT_KINDS, s3=True),
 )
-# one Ray for all commands: starting one costs 5 s
-SHORT = (Part("two workers", 2, SHORT_KINDS, (2 * NODE_CPUS,)),)
+# a head and two nodes, each with a worker; one Ray for all commands, as starting one costs 5 s
+SHORT = (Part("two nodes", 2, SHORT_KINDS, (0, NODE_CPUS, NODE_CPUS)),)
 
 
 @dataclass

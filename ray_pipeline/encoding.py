@@ -35,7 +35,7 @@ from ray_pipeline.monitoring.progress import Progress, format_bytes
 from ray_pipeline.monitoring.tile_grid import Window, sample_grid
 from ray_pipeline.sections import PARTNER_TYPES
 from ray_pipeline.storage import Folder, is_uri
-from ray_pipeline.training.launch import uses_gpu
+from ray_pipeline.training.placement import encode_actors, uses_gpu
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,6 @@ def encode(config: Config, prepared: Prepared) -> None:
     need = estimate.latents_bytes(prepared.job, tiles) - estimate.bytes_in(prepared.job.store)
     estimate.check_disk(prepared.job.store, need, "data.latents")
     gpu = uses_gpu(config)
-    actors = config.vae.actors or (config.ray.max_workers if gpu else max(1, os.cpu_count() or 1))
     progress = Progress(tiles, "encode", unit="tile")
     done = 0
 
@@ -191,7 +190,7 @@ def encode(config: Config, prepared: Prepared) -> None:
             prepared.job,
             prepared.listing,
             prepared.fingerprint,
-            actors=actors,
+            actors=encode_actors(config),
             gpus_per_actor=(config.vae.gpus_per_actor or 1.0) if gpu else 0.0,
             progress=advance,
         )

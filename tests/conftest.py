@@ -49,7 +49,8 @@ def aws_environment() -> Iterator[None]:
     before = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     for name in before:
         del os.environ[name]
-    os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_EC2_METADATA_DISABLED": "true"}
+    secret = {name: f"planted-{name}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    os.environ |= secret | {"AWS_EC2_METADATA_DISABLED": "true"}
     yield
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]

@@ -31,9 +31,22 @@ def start_nodes(folder: Path) -> Cluster:
     for place, cpus in (("shared", 0), ("shared", 2), ("elsewhere", 3)):
         (folder / place).mkdir(exist_ok=True)
         os.chdir(folder / place)
-        nodes.add_node(num_cpus=cpus, include_dashboard=False)
+        add_node(nodes, cpus)
     os.chdir(folder / "shared")
     return nodes
+
+
+def add_node(nodes: Cluster, cpus: int) -> None:
+    for tries_left in (2, 1, 0):  # Ray waits 30 s for its own processes, which a busy machine may need longer to start
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            nodes.add_node(num_cpus=cpus, include_dashboard=False)
+            return
+        except Exception:
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                process.kill()
+            if not tries_left:
+                raise
 
 
 def run(words: list[str], address: str) -> tuple[int, str]:

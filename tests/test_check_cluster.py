@@ -54,7 +54,7 @@ def answers(folder, s3_server) -> dict:
         for name, changes in settings.items()
     }
     (folder / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1])
 

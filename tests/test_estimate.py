@@ -14,6 +14,7 @@ from ray_pipeline.config import parse_config
 from ray_pipeline.data.encode_job import EncodeJob, encode_job
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.progress import format_bytes
+from ray_pipeline.storage import Folder
 from ray_pipeline.sweep_sections import SweepConfig
 from ray_pipeline.training.build import make_network, make_state
 from ray_pipeline.training.device_peak import matmul_rate
@@ -244,10 +245,11 @@ def test_a_folder_below_a_file_cannot_be_written(tmp_path):
         estimate.check_writable(tmp_path / "file" / "run", "output_dir")
 
 
-def test_object_storage_is_not_asked_for_room_nor_for_rights_beforehand():
-    for location in ("s3://bucket/run", "gs://bucket/run"):
-        estimate.check_disk(location, 2**80, "output_dir")
-        estimate.check_writable(location, "output_dir")
+def test_object_storage_has_no_size_and_is_asked_for_rights_beforehand(s3, tmp_path):
+    place = Folder(s3).child(tmp_path.name)
+    estimate.check_disk(place.location, 2**80, "output_dir")
+    estimate.check_writable(place.location, "output_dir")
+    assert not place.tree()
 
 
 def test_the_report_counts_the_samples_of_each_phase_and_the_bytes_of_the_stored_tiles():

@@ -25,7 +25,7 @@ from pathlib import Path
 from ray_pipeline.config import Config
 
 _HASH = 32  # bytes
-_PART = ".part"
+_PART, _TOTAL = ".part", "total"
 _BLOCK = re.compile(r"[0-9a-f]{64}-\d+-\d+(\.part)?")  # nothing else in the folder is ours to remove
 #: where room is made, it is for this share of the limit, lest every new block list the folder
 _SHARE_FREED = 0.1
@@ -142,7 +142,8 @@ class BlockCache:
         for piece in (memoryview(data), hashlib.sha256(data).digest()):
             while piece:
                 piece = piece[os.write(part, piece) :]
-        os.replace(self.place / (name + _PART), self.place / name)
+        with _held(self.place / _TOTAL):  # who lists the folder may miss a file that is renamed meanwhile
+            os.replace(self.place / (name + _PART), self.place / name)
         self._whole.add(name)
 
     def _take_room(self, part: int, size: int) -> bool:
@@ -150,7 +151,7 @@ class BlockCache:
         disk = shutil.disk_usage(self.place)
         if disk.free - size < _SHARE_FREE * disk.total:
             raise OSError(errno.ENOSPC, f"less than {_SHARE_FREE:.0%} of the disk would stay free")
-        with _held(self.place / "total") as book:
+        with _held(self.place / _TOTAL) as book:
             total = _number(os.pread(book, 32, 0))
             if total is None or total + size > self.limit:
                 total = self._make_room(size)

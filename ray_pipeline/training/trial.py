@@ -21,6 +21,7 @@ from ray_pipeline.checkpoints import Checkpoint, CheckpointStore, open_checkpoin
 from ray_pipeline.config import Config, parse_config
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.phase_state import utc_now
+from ray_pipeline.ray_session import limited_data
 from ray_pipeline.run_copy import run_path, working_copy
 from ray_pipeline.run_state import CONFIG_FILE
 from ray_pipeline.storage import Folder, replace_file
@@ -164,7 +165,8 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
 
     def fit() -> None:
         try:
-            run_phase(config, job, board=board, show=False)
+            with limited_data(config.ray):
+                run_phase(config, job, board=board, show=False)
             ended.append(None)
         except BaseException as error:
             ended.append(error)

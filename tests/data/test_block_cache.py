@@ -1,5 +1,6 @@
 """Blocks on this node's disk: fetched once by all processes, never wrong, never more than the limit."""
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,7 @@ def test_processes_that_make_room_for_each_other_read_right_and_stay_below_the_l
         process.start()
     most = 0
     while any(process.is_alive() for process in processes):
-        if folder.exists():
+        if (folder / "total").exists():
             most = max(most, total_now(folder))
         time.sleep(0.01)
     assert [process.exitcode for process in processes] == [0] * 4
@@ -196,16 +197,14 @@ def test_processes_that_make_room_for_each_other_read_right_and_stay_below_the_l
 
 
 def total_now(folder: Path) -> int:
-    """Bytes of the files that are there from the beginning of the listing to its end."""
-    before = {path.name for path in folder.iterdir()}
-    sizes = {}
-    for path in folder.iterdir():
-        if path.name in before and path.name != "total":
-            try:
-                sizes[path.name] = path.stat().st_size
-            except FileNotFoundError:
-                continue
-    return sum(sizes[name] for name in sizes if (folder / name).exists())
+    """Bytes of the blocks, while nobody may add or remove one."""
+    sizes = []
+    with open(folder / "total") as book:
+        fcntl.flock(book, fcntl.LOCK_EX)
+        for path in folder.glob("*-*"):
+            with suppress(FileNotFoundError):  # one that is found damaged, or not kept, goes at any time
+                sizes.append(path.stat().st_size)
+    return sum(sizes)
 
 
 def die(cache: BlockCache, number: int) -> None:

@@ -15,6 +15,7 @@ from ray_pipeline import encoding, pipeline
 from ray_pipeline.cli import main
 from ray_pipeline.config import parse_config
 from ray_pipeline.data.encode import check_store
+from ray_pipeline.data.encode_job import EncodeJob
 from ray_pipeline.data.listing import list_tiles
 from ray_pipeline.data.manifest import load_manifest, write_manifests
 from ray_pipeline.data.sources.simulate import simulate
@@ -24,7 +25,6 @@ from ray_pipeline.data.tile_source import TileSource
 from ray_pipeline.data.tile_table import TileTable
 from ray_pipeline.data.tiles import read_tile, write_tile
 from ray_pipeline.errors import UserError
-from ray_pipeline.sections import CONDITION_TYPES
 from ray_pipeline.storage import Folder, StorageError
 
 
@@ -34,6 +34,15 @@ def remote(s3, tiny_data) -> Folder:
     folder = Folder(s3).child("remote root", "of \u00b5m")
     upload_data(tiny_data, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def local_job(tiny_data, job_for, run_job_here, tmp_path_factory) -> EncodeJob:
+    """A job whose root and store, which it has encoded, lie on a disk."""
+    store = tmp_path_factory.mktemp("local") / "latents"
+    job = job_for(tiny_data, "denoising", "canny", store=store, simulated=("denoising",), variants=2, shard_rows=10)
+    run_job_here(job)
+    return job
 
 
 def noise(seed: int, side: int = 64) -> np.ndarray:
@@ -101,22 +110,21 @@ def test_manifests_load_by_uri_of_root_folder_and_file(remote, tiny_data):
 
 
 def test_a_store_that_is_encoded_from_a_bucket_into_a_bucket_has_the_bytes_of_one_on_a_disk(
-    remote, encoded, run_job, fingerprint_of, tmp_path
+    remote, local_job, run_job, fingerprint_of, tmp_path
 ):
-    job = replace(encoded, root=remote.location, store=remote.parent.child(tmp_path.name).location)
+    job = replace(local_job, root=remote.location, store=remote.parent.child(tmp_path.name).location)
     run_job(job)
-    assert files(Folder(job.store)) == files(Folder(encoded.store))
-    expected = fingerprint_of(encoded)
-    assert check_store(job, expected)
-    assert check_store(replace(encoded, store=job.store), fingerprint_of(replace(job, store=encoded.store)))
+    assert files(Folder(job.store)) == files(Folder(local_job.store))
+    assert check_store(job, fingerprint_of(local_job))
+    assert check_store(local_job, fingerprint_of(job))
 
 
-def test_tiles_that_are_encoded_while_it_trains_have_the_same_bits(remote, encoded):
-    table = TileTable(Folder(encoded.store).child("train"), "tiles.arrow")
+def test_tiles_that_are_encoded_while_it_trains_have_the_same_bits(remote, local_job):
+    table = TileTable(Folder(local_job.store).child("train"), "tiles.arrow")
     ids, variants, made = [17, 0, 5], [1, 0, 1], [False, True, False]
     local, far = (
-        TileSource(job, table).gather(ids, variants, CONDITION_TYPES, made)
-        for job in (encoded, replace(encoded, root=remote.location))
+        TileSource(job, table).gather(ids, variants, job.hints, made)
+        for job in (local_job, replace(local_job, root=remote.location))
     )
     for name, latents in local.items():
         assert far[name].tobytes() == latents.tobytes(), name

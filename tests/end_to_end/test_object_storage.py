@@ -76,3 +76,11 @@ def test_everything_else_of_a_run_is_there_and_can_be_used(runs):
     assert f"step {STEPS}/{STEPS} (100%), epoch 6/6" in describe_run(remote)
     assert load_network(remote).header.step == STEPS
     assert b"ray_pipeline_run_" not in Folder(remote).read("report.html")  # the folder of a copy
+
+
+def test_no_file_of_a_run_holds_a_secret_of_the_environment(runs):
+    for run in runs:
+        folder = Folder(run)
+        held = {name: folder.read(name) for name in folder.tree()}
+        assert any(name.endswith("state.json") for name in held)
+        assert [name for name, data in held.items() if b"planted-" in data] == []
