@@ -14,6 +14,7 @@ import torch
 from ray_pipeline.config import Config
 from ray_pipeline.data.encode_job import EncodeJob
 from ray_pipeline.data.plan import SamplePlan
+from ray_pipeline.data.reachable import check_reachable, naming
 from ray_pipeline.errors import UserError
 from ray_pipeline.models.noise_embedding import FREQUENCIES
 from ray_pipeline.monitoring.progress import format_bytes, format_count, format_seconds
@@ -198,11 +199,10 @@ def check_disk(folder: str | Path, need: int, key: str) -> None:
 def check_writable(folder: str | Path, key: str) -> None:
     """UserError when nothing can be written below `folder`; in object storage a small file is."""
     if is_uri(str(folder)):
-        try:
+        check_reachable(key, str(folder))
+        with naming(key, str(folder)):
             Folder(folder).write(_PROBE, b"")
             Folder(folder).remove([_PROBE])
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
         return
     place = _existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):

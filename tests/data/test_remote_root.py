@@ -183,7 +183,7 @@ def test_manifests_that_name_what_object_storage_cannot_hold_are_refused(small, 
         list_tiles(job_for(root.location, "canny"))
 
 
-def test_a_tile_that_goes_bad_is_rejected_and_one_that_cannot_be_asked_for_is_not(small, job_for):
+def test_a_tile_that_goes_bad_is_rejected_and_one_that_cannot_be_asked_for_is_not(small, job_for, s3_server):
     made, root = small
     job = job_for(root.location, "denoising")
     rows = {row.id: row for row in list_tiles(job).rows["train"]}
@@ -195,9 +195,12 @@ def test_a_tile_that_goes_bad_is_rejected_and_one_that_cannot_be_asked_for_is_no
         found = reader.images(Request(rows[f"cells/{name}"], (0,), ("latent",)))
         assert found.path == rows[f"cells/{name}"].path
         assert found.reason.startswith(reason)
-    away = replace(job, root="s3://tests/x?endpoint_override=127.0.0.1:9&scheme=http")
-    with pytest.raises(StorageError, match=r"^s3://tests/x/foundation/cells/images/0/2\.png cannot be used"):
-        TileReader(away).images(Request(rows["cells/t2"], (0,), ("latent",)))
+    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:*", "Resource": ["arn:aws:s3:::sealed/*"]}
+    sealed = replace(job, root=s3_server.make_bucket("sealed"))
+    s3_server.put(f"sealed/{rows['cells/t2'].path}", b"x")
+    s3_server.make_bucket("sealed", {"Version": "2012-10-17", "Statement": [deny]})
+    with pytest.raises(StorageError, match=r"^s3://sealed/foundation/cells/images/0/2\.png cannot .*ACCESS_DENIED"):
+        TileReader(sealed).images(Request(rows["cells/t2"], (0,), ("latent",)))
 
 
 def test_the_sample_data_are_written_into_an_empty_bucket_manifests_last(s3, s3_server, tmp_path, tiny_autoencoder):

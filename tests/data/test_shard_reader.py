@@ -133,11 +133,14 @@ def test_shards_that_are_gone_or_were_cut_are_named_and_those_on_this_node_still
             store.gather([row])
 
 
-def test_an_endpoint_that_went_away_is_no_damage(root, values, tmp_path):
+def test_a_bucket_that_refuses_is_no_damage_and_what_this_node_has_is_still_read(root, values, tmp_path, s3_server):
     store = LatentStore.open(root, cache_of(tmp_path, ROWS))
     store.gather([0])
-    gone = Folder("s3://tests/x?endpoint_override=127.0.0.1:9&scheme=http")
-    moved = LatentStore(gone, store.index, store.stats, store.cache)
+    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:*", "Resource": ["arn:aws:s3:::refusing/*"]}
+    bucket = Folder(s3_server.make_bucket("refusing"))
+    bucket.write("shard-00003.npy", b"x")
+    s3_server.make_bucket("refusing", {"Version": "2012-10-17", "Statement": [deny]})
+    moved = LatentStore(bucket, store.index, store.stats, store.cache)
     np.testing.assert_array_equal(moved.gather([1])["latent"], values[[1], 0, 0])
-    with pytest.raises(StorageError, match="NETWORK_CONNECTION"):
+    with pytest.raises(StorageError, match=r"s3://refusing/shard-00003\.npy cannot be used .*ACCESS_DENIED"):
         moved.gather([ROWS - 1])
