@@ -26,6 +26,7 @@ lint: $(STAMP)
 bench: $(STAMP)  ## full-size figures; needs 16 GB of free memory and nothing else running
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,bench]"
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/latent_formats.py
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/prepare.py
@@ -40,12 +41,14 @@ bench: $(STAMP)  ## full-size figures; needs 16 GB of free memory and nothing el
 	$(BIN)/python benchmarks/choices.py hint-control
 	$(BIN)/python benchmarks/choices.py noisy-hints
 
-drill: $(STAMP)  ## kill -9 of the encode job and of training at random moments, nodes that come and go, sweeps, the report in a browser; an hour
+drill: $(STAMP)  ## kill -9 of the encode job and of training at random moments, nodes that come and go, sweeps, the report, TensorBoard and Ray's dashboard in a browser, a network that is cut; wants root, chromium, prometheus; over an hour
 	$(BIN)/python benchmarks/drill_encode.py --kills 10
 	$(BIN)/python benchmarks/drill_training.py
 	$(BIN)/python benchmarks/drill_elastic.py
 	$(BIN)/python benchmarks/drill_sweep.py
 	$(BIN)/python benchmarks/drill_report.py
+	$(BIN)/python benchmarks/drill_monitoring.py
+	$(BIN)/python benchmarks/drill_network.py
 
 clean-demo:
 	rm -rf demo_output

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import random
 import signal
 import socket
 import subprocess
@@ -109,13 +110,15 @@ def wait_for(ready: Callable[[], Any], words: Callable[[], str], too_late: Calla
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that nothing listens on; not of those that the system and Ray's workers take at any time."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("", port))
+            if port not in found:
+                found.append(port)
+    return found
 
 
 def start(head: Head, project: Path, *words: str, terminal: bool = False) -> Command:

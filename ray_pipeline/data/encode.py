@@ -212,6 +212,7 @@ def _shard_records(
         return
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo))
+    dataset.set_name("encode")
     encoded = dataset.map_batches(
         ShardEncoder,
         fn_constructor_args=(job, expected, gpus > 0),
