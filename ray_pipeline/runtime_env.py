@@ -52,7 +52,7 @@ def check_runtime_env(fields: Mapping[str, Any]) -> None:
     for name, value in fields.get("env_vars", {}).items():
         _check_variable(name, value)
     if any(_PASSWORD_IN_URL.search(text) for text in _texts(fields)):
-        raise ValueError("a URL in it holds a password, which config.yaml would show; take it out")
+        raise ValueError("a URL in it holds a password, which others would read; take it out")
 
 
 def _check_variable(name: Any, value: Any) -> None:
@@ -63,7 +63,7 @@ def _check_variable(name: Any, value: Any) -> None:
     words = name.upper().split("_")
     if _CREDENTIALS.intersection(words) and words[-1] not in _PLACES:
         raise ValueError(
-            f"env_vars.{name} looks like a credential, which config.yaml would show; set it in the environment of the "
+            f"env_vars.{name} looks like a credential, which others would read; set it in the environment of the "
             "nodes, or give a path to a file that holds it"
         )
     if not isinstance(value, str):

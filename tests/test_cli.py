@@ -10,7 +10,9 @@ from PIL import Image
 from ray_pipeline.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("simulate", "prepare", "train-vae", "hints", "encode", "train", "sample", "ema", "status", "check")
+COMMANDS = (
+    "simulate", "prepare", "train-vae", "hints", "encode", "train", "sweep", "submit", "sample", "ema", "status", "check",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
