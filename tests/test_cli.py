@@ -11,7 +11,8 @@ from ray_pipeline.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    "simulate", "prepare", "train-vae", "hints", "encode", "train", "sweep", "submit", "sample", "ema", "status", "check",
+    "simulate", "prepare", "train-vae", "hints", "encode", "train", "sweep", "submit", "sample", "ema", "status",
+    "check",
 )  # fmt: skip
 
 

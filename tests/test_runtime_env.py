@@ -45,7 +45,7 @@ def test_fields_that_run_code_and_wrong_ones_are_refused(fields, said):
     ],
 )
 def test_credentials_are_refused_and_not_repeated(fields):
-    with pytest.raises(UserError, match=r"which config\.yaml would show") as refused:
+    with pytest.raises(UserError, match=r"which others would read") as refused:
         config_with(fields)
     assert "hunter2" not in str(refused.value)
 
