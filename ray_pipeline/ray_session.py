@@ -45,7 +45,9 @@ def ray_session(settings: RayConfig, *, more_cpus: float = 0.0, verbose: bool = 
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = session_address(settings)
-    if address != "local" or settings.dashboard:  # for the dashboard's page of Train alone
+    if address == "local":  # else Ray warns on stdout when four times as many workers as cores are there, as they are
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
+    if address != "local" or settings.dashboard:  # the dashboard tells of Train's runs then, at /api/train/v2/runs/v1
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     options |= {"runtime_env": runtime_env}

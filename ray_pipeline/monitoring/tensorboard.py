@@ -58,7 +58,7 @@ class TensorBoard:
                 self._write_curves(event, [tag for tag in curves(event) if (tag, event.step) not in known])
         if not earlier and context.config:
             values = hyperparameters(context.config, context.phase)
-            for part in summary.hparams(values, {"validation/loss": math.nan}):
+            for part in summary.hparams(values, {_judged_curve(context.config): math.nan}):
                 self._write(summary=part)
 
     def emit(self, event: Event) -> None:
@@ -95,6 +95,12 @@ class TensorBoard:
         length = struct.pack("<Q", len(data))
         checksums = (struct.pack("<I", self._checksum(part)) for part in (length, data))
         write_whole(self._file, length + next(checksums) + data + next(checksums))
+
+
+def _judged_curve(config: Mapping[str, Any]) -> str:
+    """The validation loss by which a run is judged."""
+    ema = config["ema"]
+    return f"validation/loss/ema_decay_{ema['decay']}" if ema["enabled"] else "validation/loss/weights"
 
 
 def hyperparameters(config: Mapping[str, Any], phase: str) -> dict[str, bool | int | float | str]:

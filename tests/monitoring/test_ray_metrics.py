@@ -80,7 +80,8 @@ def test_the_dashboard_asks_for_series_that_there_are():
 def test_prometheus_finds_the_nodes_by_the_file_that_ray_keeps():
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
-    assert job["file_sd_configs"] == [{"files": ["/tmp/ray/prom_metrics_service_discovery.json"]}]
+    (found,) = job["file_sd_configs"]
+    assert found["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
     rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())
     asked = {
         name
