@@ -20,7 +20,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ray_pipeline.attempts import READERS, Attempt, AttemptRecord, begin_attempt, counts, read_attempts
+from ray_pipeline.attempts import READERS, Attempt, AttemptRecord, Superseded, begin_attempt, counts, read_attempts
 from ray_pipeline.errors import UserError
 from ray_pipeline.storage import Folder, StorageError
 from ray_pipeline.tensor_files import Hashed, read_tensors, tensor_parts
@@ -261,6 +261,14 @@ class CheckpointStore:
         """Superseded (attempts.py) when another attempt has begun since this one."""
         if self.attempt is not None:
             self.attempt.check()
+
+    def superseded(self) -> bool:
+        """Whether another attempt has begun since this one."""
+        try:
+            self.check_attempt()
+        except Superseded:
+            return True
+        return False
 
     def _stands(self, folder: Folder) -> bool:
         """Whether this name is committed, whole and counts."""

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +24,8 @@ _PAUSE_SECONDS, _PAUSE_FACTOR = 5.0, 20
 _LAST_TRIES, _LAST_PAUSE_SECONDS = 5, 3.0
 #: folders that no copy has: checkpoints of the run and of trials, stored averages, what Ray keeps for itself
 _APART = ("checkpoints", "ema_snapshots", "ray")
+#: files that no other process writes
+_OWN = "logs/samples/"
 #: a file that changed so short a time before a listing may have changed again within the same second
 _YOUNG_NS = 3 * 10**9
 
@@ -104,6 +106,13 @@ def share(output_dir: str | Path) -> None:
         held[0].push()
 
 
+def guard(output_dir: str | Path, superseded: Callable[[], bool]) -> None:
+    """From now on a copy gives the storage nothing once `superseded` says so: what came after it stands. Nothing to do
+    for a local path, where a superseded process keeps files of its own."""
+    if held := _holding(str(output_dir)):
+        held[0].superseded = superseded
+
+
 def refresh(output_dir: str | Path) -> None:
     """`share`, then see what other processes have written; nothing to do for a local path."""
     if held := _holding(str(output_dir)):
@@ -139,6 +148,7 @@ class WorkingCopy:
         #: of each file that was alike: here, and there; None where it has to be looked at again
         self._here: dict[str, FileStamp] = {}
         self._there: dict[str, FileStamp | None] = {}
+        self.superseded: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._told: set[str] = set()
@@ -159,6 +169,10 @@ class WorkingCopy:
         """Give the storage what changed here."""
         with self._lock:
             now = self._listed()
+            if now == self._here:
+                return
+            if self.superseded():  # what came after it stands, and the log of what it took itself is its own
+                now = self._here | {name: stamp for name, stamp in now.items() if name.startswith(_OWN)}
             for name, stamp in now.items():
                 if self._here.get(name) == stamp:
                     continue

@@ -14,7 +14,7 @@ from ray_pipeline.estimate import check_writable
 from ray_pipeline.monitoring.event_log import EventLog
 from ray_pipeline.monitoring.events import FaultEvent, PhaseEvent, StepEvent
 from ray_pipeline.monitoring.metrics_file import copy_records, metrics_files, read_events
-from ray_pipeline.run_copy import WorkingCopy, location_of, reading_copy, refresh, run_path, share, working_copy
+from ray_pipeline.run_copy import WorkingCopy, guard, location_of, reading_copy, refresh, run_path, share, working_copy
 from ray_pipeline.storage import Folder, StorageError
 
 
@@ -135,6 +135,20 @@ def test_what_a_superseded_attempt_still_writes_is_cut_away(uri):
     assert told(uri) == [("step", 1), ("step", 2)]
     with reading_copy(uri) as folder:
         assert read_events(folder)[-1]["loss"] == 0.5
+
+
+def test_a_superseded_process_gives_nothing_but_the_log_of_what_it_took(uri):
+    with working_copy(uri):
+        state, samples = run_path(uri, "phase_state.json"), run_path(uri, "logs", "samples", "one", "rank_0.jsonl")
+        samples.parent.mkdir(parents=True)
+        state.write_bytes(b"old")
+        share(uri)
+        Folder(uri).write("phase_state.json", b"of the attempt after it")
+        guard(uri, lambda: True)
+        for path in (state, samples, run_path(uri, "late.png")):
+            path.write_bytes(b"late")
+    assert Folder(uri).read("phase_state.json") == b"of the attempt after it"
+    assert sorted(Folder(uri).tree()) == ["logs/samples/one/rank_0.jsonl", "phase_state.json"]
 
 
 def test_records_of_a_trial_become_the_runs(uri):

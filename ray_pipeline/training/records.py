@@ -17,7 +17,7 @@ from ray_pipeline.monitoring.event_log import EventLog
 from ray_pipeline.monitoring.events import CheckpointEvent, FaultEvent, PhaseEvent, ValidationEvent
 from ray_pipeline.monitoring.sinks import chosen_sinks
 from ray_pipeline.retention import best_of
-from ray_pipeline.run_copy import run_path
+from ray_pipeline.run_copy import guard, run_path
 from ray_pipeline.run_state import mend_state
 from ray_pipeline.storage import StorageError
 from ray_pipeline.training.build import precision
@@ -40,6 +40,7 @@ class PhaseRecords:
 
     def __init__(self, run: PhaseRun, tell: Callable[[int, str], None] | None = None):
         self.run, self.tell = run, tell
+        guard(run.config.output_dir, run.checkpoints.superseded)
         self.state_file = run_path(run.config.output_dir, phase_state.FILE)
         self.state = mend_state(run.config)
         self.progress = self.state.phase(run.phase.name)
