@@ -59,7 +59,7 @@ def spoil_later_dataset(data: Path, autoencoder: Path) -> list[str]:
 
 
 def spoil_uri(data: Path, autoencoder: Path) -> list[str]:
-    return ["output_dir=s3://bucket/run"]
+    return ["output_dir=s3://bucket/run?endpoint_override=127.0.0.1:9"]
 
 
 def spoil_output(data: Path, autoencoder: Path) -> list[str]:
@@ -80,7 +80,7 @@ def spoil_output(data: Path, autoencoder: Path) -> list[str]:
         (spoil_resources, ["ray.num_workers=500", "CPU"]),
         (spoil_later_checkpoint, ["absent.ckpt"]),
         (spoil_later_dataset, ["phases[].datasets of phase2_conditional", "absent", "simulated"]),
-        (spoil_uri, ["s3://bucket/run", "local"]),
+        (spoil_uri, ["output_dir=s3://bucket/run", "the endpoint does not answer", "correct endpoint_override"]),
         (spoil_output, ["output_dir", "cannot be written"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
