@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from ray_pipeline.errors import UserError
 from ray_pipeline.storage import FileStamp, Folder, StorageError, is_uri, replace_file
 
 #: between two comparisons at least; and so many times as long as one takes
@@ -118,13 +117,6 @@ def refresh(output_dir: str | Path) -> None:
     if held := _holding(str(output_dir)):
         held[0].push()
         held[0].pull()
-
-
-def local_folder(location: str, key: str) -> Path:
-    """A location that must be a path of this machine; UserError for a URI, which names `key`."""
-    if is_uri(location):
-        raise UserError(f"{key}={location} is a URI, expected a local folder; give one, or copy it here")
-    return Path(location)
 
 
 def _holding(text: str) -> tuple[WorkingCopy, list[str]] | None:
