@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,8 @@ _SERVE = """
 import logging, sys, threading
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
-logging.getLogger("werkzeug").setLevel(logging.ERROR)
-server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+server = make_server(sys.argv[1], 0, DomainDispatcherApplication(create_backend_app), threaded=True)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 print(server.server_port)
 sys.stdin.read()
@@ -207,14 +207,17 @@ def compare(drill: Drill, part: Part, run: SmallRun, store: str) -> list[str]:
 
 
 @contextmanager
-def s3_store() -> Iterator[str]:
-    """moto's S3 in a process of its own on the loopback interface -> a URI with {run} to fill in."""
+def s3_store(host: str = "127.0.0.1", within: Sequence[str] = ()) -> Iterator[str]:
+    """moto's S3 in a process of its own on the loopback interface -> a URI with {run} to fill in.
+
+    host: another address to listen on; within: words before the command, such as those of one that runs it elsewhere.
+    """
     server = subprocess.Popen(
-        [sys.executable, "-u", "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*within, sys.executable, "-u", "-c", _SERVE, host], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         port = int(server.stdout.readline())
-        options = f"endpoint_override=127.0.0.1:{port}&scheme=http"
+        options = f"endpoint_override={host}:{port}&scheme=http"
         filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://drill?{options}&allow_bucket_creation=true")
         filesystem.create_dir("drill")
         yield f"s3://drill/{{run}}?{options}"

@@ -86,13 +86,14 @@ class Attempt:
 
 @dataclass
 class SmallRun:
-    """A run directory and the command that works on it. settings: --set words; disturbed: when it was so last, in UTC;
-    superseded: workers from before that."""
+    """A run directory and the command that works on it. settings: --set words; within: words before it, as of a
+    command that runs it elsewhere; disturbed: when it was so last, in UTC; superseded: workers from before that."""
 
     config: Path
     folder: Path
     settings: dict[str, object] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    within: tuple[str, ...] = ()
     driver: psutil.Popen | None = None
     disturbed: str = ""
     superseded: set[psutil.Process] = field(default_factory=set)
@@ -104,7 +105,7 @@ class SmallRun:
 
     def start(self, resume: bool = False) -> None:
         """Start the command, in a process group of its own."""
-        words = [sys.executable, "-m", "ray_pipeline", "train", "--config", str(self.config)]
+        words = [*self.within, sys.executable, "-m", "ray_pipeline", "train", "--config", str(self.config)]
         for key, value in {"output_dir": self.folder, **self.settings}.items():
             words += ["--set", f"{key}={value}"]
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"} | self.environment
