@@ -47,6 +47,8 @@ setup(
         "depth": ["transformers>=4.45"],  # data.hints.depth.model
         "dev": [
             "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.7",
             "ruff>=0.6",
             "moto[s3]>=5",
             "flask>=3",

@@ -1,16 +1,13 @@
 """A Ray with dashboard and token that `ray start --head` starts on this machine, and commands that use it."""
 
-import fcntl
 import json
 import os
 import pty
 import random
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 import urllib.request
@@ -28,6 +25,15 @@ from ray_pipeline.job_paths import JOB_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 600
+# Tests that run in the background have SIGINT ignored. Not as subprocess's preexec_fn, which forks this process: the
+# requests that its Ray client has under way may then never be answered.
+_ON_TERMINAL = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if os.isatty(0):
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "ray_pipeline", *sys.argv[1:]])
+"""
 
 
 @dataclass
@@ -126,16 +132,11 @@ def start(head: Head, project: Path, *words: str, terminal: bool = False) -> Com
     output = Path(tempfile.mkstemp(dir=head.folder, suffix=".log")[1])
     ours, theirs = pty.openpty() if terminal else (None, subprocess.DEVNULL)
 
-    def begin() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background have it ignored
-        if terminal:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
     with output.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ray_pipeline", "submit", "--address", head.url, *words],
+            [sys.executable, "-c", _ON_TERMINAL, "submit", "--address", head.url, *words],
             env=head.environment, cwd=project, stdin=theirs, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=begin,
+            start_new_session=True,
         )  # fmt: skip
     if terminal:
         os.close(theirs)

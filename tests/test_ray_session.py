@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import numpy as np
 import psutil
@@ -114,10 +115,11 @@ def test_an_execution_of_ray_data_holds_no_more_objects_than_object_store_gib(ra
 
         with ray_session(settings):
             blocks = ray.data.from_items([*range(60)], override_num_blocks=60).map_batches(make, num_cpus=2)
-        start, batches = time.monotonic(), iter(blocks.iter_batches(batch_size=None, prefetch_batches=1))
-        next(batches)
-        while len([*folder.iterdir()]) < enough and time.monotonic() < start + seconds:
-            time.sleep(0.1)
+        start = time.monotonic()
+        with closing(iter(blocks.iter_batches(batch_size=None, prefetch_batches=1))) as batches:
+            next(batches)
+            while len([*folder.iterdir()]) < enough and time.monotonic() < start + seconds:
+                time.sleep(0.1)
         return len([*folder.iterdir()]), time.monotonic() - start
 
     limit = ray.data.DataContext.get_current().execution_options.resource_limits

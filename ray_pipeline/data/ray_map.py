@@ -19,7 +19,8 @@ def ray_map(work: Callable[[Item], Result], items: Sequence[Item], *, together: 
     A task whose process dies is run again. What `work` raises is raised here. When it raises, or the iterator is
     closed, the tasks under way are cancelled, and have ended when this returns.
     """
-    remote = ray.remote(num_cpus=1, max_retries=3)(_each)
+    name = getattr(work, "func", work).__name__  # as Ray's dashboard shows it; a partial has none of its own
+    remote = ray.remote(num_cpus=1, max_retries=3)(_each).options(name=name)
     shared = ray.put(work)  # sent to each node once
     limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting: deque[ray.ObjectRef] = deque()

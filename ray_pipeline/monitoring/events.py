@@ -181,7 +181,7 @@ def curves(event: Event) -> dict[str, float]:
 def note(event: Event) -> tuple[str, str] | None:
     """Kind and words of an event that is told in words."""
     if isinstance(event, PhaseEvent | SweepEvent):
-        return EVENT_NAMES[type(event)], f"{event.status}: {event.message}"
+        return EVENT_NAMES[type(event)], event.message
     if isinstance(event, FaultEvent):
         return "fault", f"{event.kind}: {event.message}"
     return None

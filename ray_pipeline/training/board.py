@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from dataclasses import dataclass
 
 import ray
@@ -119,16 +120,18 @@ class Notes:
         return self._failures.get(number, "its process ended")
 
 
-def open_board() -> ActorHandle:
-    """A Board on the driver's node: the loss of another node does not take it away."""
-    return _beside_the_driver(Board)
+def open_board(of: str) -> ActorHandle:
+    """A Board on the driver's node: the loss of another node does not take it away. of: a name to know it by in Ray's
+    dashboard."""
+    return _beside_the_driver(Board, f"board-of-{of}")
 
 
 def open_notes() -> ActorHandle:
     """Notes on the driver's node."""
-    return _beside_the_driver(Notes)
+    return _beside_the_driver(Notes, "notes-of-sweep")
 
 
-def _beside_the_driver(actor: type) -> ActorHandle:
+def _beside_the_driver(actor: type, name: str) -> ActorHandle:
+    unique = f"{name}-{uuid.uuid4().hex[:12]}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(actor).options(scheduling_strategy=here).remote()
+    return ray.remote(num_cpus=0)(actor).options(name=unique, scheduling_strategy=here).remote()

@@ -64,8 +64,8 @@ def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None
     last time that a checkpoint was committed.
     """
     check_resources(config)
-    board = board or open_board()
     phase = config.phases[job.phase]
+    board = board or open_board(phase.name)
     committed = None
     with Follower(config, phase.name, progress=show, report=show and config.monitoring.report):
         while True:

@@ -22,6 +22,7 @@ from typing import Any
 
 import ray
 import ray.tune
+from ray.tune.progress_reporter import TrialProgressCallback
 
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import Config
@@ -181,7 +182,7 @@ class _Driver:
                     scheduler=scheduler(self.config, self.record, self.notes),
                 ),
                 run_config=ray.tune.RunConfig(
-                    name="sweep", storage_path=scratch, verbose=0, callbacks=[_Bookkeeping(self)]
+                    name="sweep", storage_path=scratch, verbose=0, callbacks=[_Bookkeeping(self), _Silence()]
                 ),
             ).fit()
         except BaseException as error:  # whatever it is, `drive` raises it, in the thread that waits
@@ -273,6 +274,13 @@ class _Bookkeeping(ray.tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Sequence, trial, **_: Any) -> None:
         self.driver.fail(trial.config["number"])
+
+
+class _Silence(TrialProgressCallback):
+    """In the place of Tune's own, which tells of a trial that ended without a new result, however low `verbose` is."""
+
+    def on_trial_complete(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def _train(config: Config, base: Config, sweep: SweepJob, number: int, notes: Ac
         judged=base.sweep.scheduler != "fifo",
         sample_flops=sweep.sample_flops,
     )
-    board, ended, told, began = open_board(), [], 0, utc_now()
+    board, ended, told, began = open_board(folder.name), [], 0, utc_now()
 
     def fit() -> None:
         try:

@@ -165,8 +165,10 @@ def other_tiles(rows: np.ndarray) -> np.ndarray:
 def untrained_loss(run: PhaseRun, limit: int = 1024) -> tuple[float, float]:
     """Loss of the network before its first step on tiles that its latent statistics came from, and its standard error.
 
-    A fresh DiT returns zero, so this is 1 if and only if the latents are normalised to sigma_data; on all of those
-    tiles exactly so but for the noise, on `limit` of them but for the choice too. All ranks call it.
+    A fresh DiT returns zero, so this is 1 if and only if the latents are normalised to sigma_data. On all of those
+    tiles only the noise n differs from what is expected: the target is v = c n - s x with c^2 + s^2 = 1 and x^2 = 1 in
+    the mean, so a value of v^2 has the variance 2 c^4 + 4 c^2 s^2 <= 2. On `limit` of them the choice differs too, and
+    the error is measured. All ranks call it.
     """
     tiles = spread(len(run.train_store), limit)
     sigmas = run.edm.validation_sigmas(run.config.monitoring.val_noise_levels)
@@ -183,8 +185,9 @@ def untrained_loss(run: PhaseRun, limit: int = 1024) -> tuple[float, float]:
     if run.world_size > 1:
         torch.distributed.all_reduce(losses)
     means = losses.mean(dim=1).cpu().numpy()
-    sampled = len(tiles) < len(run.train_store)
-    return float(means.mean()), standard_error(means) if sampled else 0.0
+    if len(tiles) < len(run.train_store):
+        return float(means.mean()), standard_error(means)
+    return float(means.mean()), math.sqrt(2 / (losses.numel() * math.prod(run.train_store.shape)))
 
 
 def _tiles(run: PhaseRun, store: LatentStore, rows: np.ndarray) -> torch.Tensor:

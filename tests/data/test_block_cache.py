@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,13 @@ def test_a_block_that_is_cut_or_gone_while_it_is_used_is_fetched_again(source):
     assert source.fetched == [1] * 4
 
 
+def apart() -> BaseContext:
+    """Not forks of this process, whose Ray client they would break."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def read_all(cache: BlockCache, log: str, numbers: list[int]) -> None:
     def fetch(number: int) -> bytes:
         with open(log, "a") as file:  # appends are whole
@@ -167,9 +175,8 @@ def read_all(cache: BlockCache, log: str, numbers: list[int]) -> None:
 def test_processes_that_want_the_same_blocks_fetch_each_of_them_once(source, tmp_path):
     """Fewer blocks than fit, so that none is fetched twice."""
     log = tmp_path / "fetched"
-    fork = multiprocessing.get_context("fork")
     orders = [np.random.default_rng(seed).permutation(12).tolist() for seed in range(4)]
-    processes = [fork.Process(target=read_all, args=(source.cache, str(log), order)) for order in orders]
+    processes = [apart().Process(target=read_all, args=(source.cache, str(log), order)) for order in orders]
     for process in processes:
         process.start()
     for process in processes:
@@ -181,9 +188,8 @@ def test_processes_that_want_the_same_blocks_fetch_each_of_them_once(source, tmp
 def test_processes_that_make_room_for_each_other_read_right_and_stay_below_the_limit(tmp_path):
     folder = tmp_path / "cache"
     cache = BlockCache(5 * STORED, str(folder))
-    fork = multiprocessing.get_context("fork")
     orders = [np.random.default_rng(seed).permutation(12).tolist() * 2 for seed in range(4)]
-    processes = [fork.Process(target=read_all, args=(cache, str(tmp_path / "log"), order)) for order in orders]
+    processes = [apart().Process(target=read_all, args=(cache, str(tmp_path / "log"), order)) for order in orders]
     for process in processes:
         process.start()
     most = 0
@@ -212,7 +218,7 @@ def die(cache: BlockCache, number: int) -> None:
 
 
 def test_a_kill_while_a_block_is_fetched_leaves_it_to_the_next_process(source):
-    process = multiprocessing.get_context("fork").Process(target=die, args=(source.cache, 1))
+    process = apart().Process(target=die, args=(source.cache, 1))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

@@ -84,14 +84,15 @@ def swept(plain, config) -> Path:
     command = [sys.executable, "-m", "ray_pipeline", "train", *words(config, out, **settings), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     until = time.monotonic() + 300
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (out / "sweep" / "trial_000" / "config.yaml").exists():  # no trial has a result yet
         assert driver.poll() is None
         assert time.monotonic() < until
         time.sleep(0.02)
     driver.send_signal(signal.SIGTERM)
-    told = driver.communicate(timeout=120)[1]
+    said, told = driver.communicate(timeout=120)
     assert driver.returncode == 143, told
+    assert "Last result" not in said  # words of Tune's own
     assert "Traceback" not in told
     assert told.splitlines()[-1].startswith("stopped by SIGTERM")
     assert {trial.status for trial in read_sweep(out).trials} == {"interrupted"}

@@ -242,7 +242,7 @@ def test_tensorboard_shows_validation_by_track_and_noise_level(tmp_path):
     assert values["validation/loss/ema_decay_0.9999"].simple_value == 0.75
     assert values["validation/standard_error/ema_decay_0.9999"].simple_value == 0.125
     assert values["validation_by_sigma/ema_decay_0.9999/0.1"].simple_value == 0.5
-    assert values["phase/text_summary"].tensor.string_val == [b"started: attempt 1"]
+    assert values["phase/text_summary"].tensor.string_val == [b"attempt 1"]
 
 
 @pytest.mark.parametrize("gray", [True, False])

@@ -27,7 +27,7 @@ def config_of(folder: Path, **settings):
 
 def attend(folder: Path, loop: Callable, board=None, collective_minutes=30.0, **settings) -> None:
     """Run `loop(job, folder)` in Train workers as a phase is run; workers wait for each other so long."""
-    config, board = config_of(folder, **settings), board or open_board()
+    config, board = config_of(folder, **settings), board or open_board("test")
     waiting = config_of(folder, **settings | {"timeout_minutes": collective_minutes})
     trainer = make_trainer(waiting, PhaseJob({}, 0, "", None, stop=board))
     trainer.train_loop_per_worker = lambda job: loop(job["stop"], folder)
@@ -166,7 +166,7 @@ def test_a_worker_trains_on_without_its_board_and_wrong_input_ends_the_run_witho
             (folder / "ended").write_text(watch.stop)
         raise UserError("tiles.csv has no column id; add it")
 
-    board, raised = open_board(), []
+    board, raised = open_board("test"), []
 
     def lose() -> None:
         ray.kill(board)
@@ -265,7 +265,7 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_
 cluster.add_node(num_cpus=2)
 ray.init(address=cluster.address, log_to_driver=False)
 config = parse_config({"output_dir": tempfile.mkdtemp(), "phases": [{"name": "one", "epochs": 1}]})
-board = open_board()
+board = open_board("test")
 trainer = make_trainer(config, PhaseJob({}, 0, "", None, stop=board))
 trainer.train_loop_per_worker = loop
 run = threading.Thread(target=Attendance(config, board).attend, args=(trainer,))

@@ -244,7 +244,8 @@ def test_standard_errors_are_those_over_tiles():
 def test_a_fresh_network_scores_one_on_normalised_latents_alone(tmp_path, store, write_store):
     loss, error = untrained_loss(make_run(store, fresh=True))
     assert loss == pytest.approx(1, abs=0.05)
-    assert error == 0  # of all tiles
+    losses = [untrained_loss(make_run(store, fresh=True, seed=seed))[0] for seed in range(30)]
+    assert 0.6 < np.std(losses) / error < 1.2  # of all tiles only the noise is left to chance; error is a bound on it
     sampled, error = untrained_loss(make_run(store, fresh=True), limit=5)
     assert abs(sampled - 1) < 4 * error + 0.02
     wrong = write_store(tmp_path / "wrong", random_latents(), std=2.0)
