@@ -17,7 +17,7 @@ demo: $(STAMP)  ## both phases on embedded data; pictures in demo_output/run
 	$(BIN)/ray-pipeline train --config configs/demo.yaml $$(test -f demo_output/run/config.yaml && echo --resume)
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations=15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
