@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.fs
-from disturbances import KINDS, NODE_CPUS, Hit, Target, small_cluster
+from disturbances import KINDS, NODE_CPUS, Hit, Target, add_node, small_cluster
 from run_proof import differing, last_tensors, logged_samples, snapshot_tensors, unplanned_samples
 from small_run import CREDENTIALS, PHASES, Missed, Place, SmallRun, prepare
 
@@ -33,6 +33,8 @@ from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.data.plan import SamplePlan
 
 GLOBAL_BATCH = 8
+#: a command that is refused for want of nodes has ended after so many
+_LATE_SECONDS = 5.0
 _SERVE = """
 import logging, sys, threading
 from moto.server import DomainDispatcherApplication, create_backend_app
@@ -48,12 +50,14 @@ sys.stdin.read()
 @dataclass(frozen=True)
 class Part:
     """Disturbances of runs on `workers` workers. cpus: of the nodes of a cluster that the command joins; none: it
-    starts a Ray of its own."""
+    starts a Ray of its own. late: all nodes but the head come when the first command waits for them, as an autoscaler
+    adds them."""
 
     name: str
     workers: int
     kinds: tuple[str, ...]
     cpus: tuple[int, ...] = ()
+    late: bool = False
     s3: bool = False
 
 
@@ -65,7 +69,7 @@ FULL = (
     Part("s3", 2, SHORT_KINDS, s3=True),
 )
 # a head and two nodes, each with a worker; one Ray for all commands, as starting one costs 5 s
-SHORT = (Part("two nodes", 2, SHORT_KINDS, (0, NODE_CPUS, NODE_CPUS)),)
+SHORT = (Part("two nodes", 2, SHORT_KINDS, (0, NODE_CPUS, NODE_CPUS), late=True),)
 
 
 @dataclass
@@ -116,11 +120,21 @@ def disturb_part(drill: Drill, part: Part) -> list[str]:
     settings = {"ray.num_workers": part.workers}
     if len(part.cpus) > 1:
         settings["ray.cpus_per_worker"] = 0.75 * NODE_CPUS  # one worker a node
-    with small_cluster(part.cpus) as nodes, s3_store() if part.s3 else nullcontext() as bucket:
+    if part.late:
+        settings["ray.autoscaling"] = True
+    with (
+        small_cluster(part.cpus[: 1 if part.late else None]) as nodes,
+        s3_store() if part.s3 else nullcontext() as bucket,
+    ):
         environment = {"RAY_ADDRESS": nodes.address} if nodes else {}
         if part.workers not in drill.undisturbed:
             run = SmallRun(drill.config, drill.work / f"undisturbed_{part.workers}", settings, environment)
             run.start()
+            if part.late:
+                run.wait_until((run.folder / "config.yaml").exists, "its beginning")
+                time.sleep(_LATE_SECONDS)
+                for count in part.cpus[1:]:
+                    add_node(nodes, count)
             run.finish()
             drill.undisturbed[part.workers] = run
         kinds, number = drill.chances.sample(part.kinds, len(part.kinds)), 0

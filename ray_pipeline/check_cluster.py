@@ -93,7 +93,7 @@ def _workers_line(config: Config) -> Line:
         "workers",
         True,
         f"{asked} of {in_words(worker_resources(config))} needed ({settings.placement_strategy}), room for "
-        f"{workers_that_fit(config)}",
+        f"{workers_that_fit(config)}{_more_comes(config)}",
     )
 
 
@@ -114,7 +114,13 @@ def _encoders_line(config: Config, encodes: bool) -> Line:
     if not encodes:
         return "encode actors", True, f"none needed, {store} is there"
     words = f"{wanted} of {in_words(each)} wanted (ray.data_cpus={config.ray.data_cpus}), room for {room}"
-    return "encode actors", room > 0, words if room else f"{words}; add such a node, or lower vae.gpus_per_actor"
+    if room or config.ray.autoscaling:
+        return "encode actors", True, words + _more_comes(config)
+    return "encode actors", False, f"{words}; add such a node, or lower vae.gpus_per_actor"
+
+
+def _more_comes(config: Config) -> str:
+    return f" now, the rest within {config.ray.timeout_minutes:g} minutes or not at all" * config.ray.autoscaling
 
 
 def _streams(config: Config) -> str:

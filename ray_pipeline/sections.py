@@ -277,6 +277,7 @@ class RayConfig(Section):
     num_workers: a number, or [min, max]: training goes on with as many as the cluster has room for, and looks for room
     for more every resize_minutes. timeout_minutes: how long anything may wait: workers for their place, a worker for a
     batch or for the other workers. stop_timeout_seconds: how long a run that is asked to stop may take to commit.
+    autoscaling: nodes come when they are asked for, so the cluster may have no room for the workers yet; they wait.
     data_cpus: logical CPUs that actors with an autoencoder, one each, may take at once. object_store_gib: memory for
     Ray's objects on a node of a local Ray, and on any Ray what one execution of Ray Data (encoding, or the stream of a
     worker) may hold there. runtime_env: what Ray brings to every node, its own fields that runtime_env.py lets pass.
@@ -285,6 +286,7 @@ class RayConfig(Section):
     address: str = "auto"  # auto: the cluster this process runs in (RAY_ADDRESS, a Ray job), else local
     num_workers: int | tuple[int, int] = 1
     use_gpu: Literal["auto", True, False] = "auto"
+    autoscaling: bool = False
     cpus_per_worker: PositiveFloat = 1.0
     resources_per_worker: dict[str, PositiveFloat] = {}
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -311,6 +313,14 @@ class RayConfig(Section):
     def _check_runtime_env(cls, fields: dict[str, Any]) -> dict[str, Any]:
         check_runtime_env(fields)
         return fields
+
+    @model_validator(mode="after")
+    def _check_autoscaling(self) -> RayConfig:
+        if self.autoscaling and self.use_gpu == "auto":
+            raise ValueError("autoscaling with use_gpu=auto: GPUs may not have come yet; set use_gpu to true or false")
+        if self.autoscaling and self.address == "local":
+            raise ValueError("autoscaling with address=local: no node ever joins a Ray of the run's own")
+        return self
 
     @property
     def elastic(self) -> bool:

@@ -255,6 +255,8 @@ def test_a_value_of_the_wrong_kind_is_refused_by_the_path_of_its_key_alone(tree,
             {"data": {"mode": "tiles"}, "ray": {"num_workers": [1, 3]}},
             "num_workers [1, 3] may change, but in data.mode",
         ),
+        ({"ray": {"autoscaling": True}}, "GPUs may not have come yet; set use_gpu to true or false"),
+        ({"ray": {"autoscaling": True, "use_gpu": True, "address": "local"}}, "no node ever joins"),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused(tree, said):

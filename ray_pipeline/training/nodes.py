@@ -19,6 +19,7 @@ from ray_pipeline.config import Config
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.errors import UserError
 from ray_pipeline.node_probe import TOKEN, SameFiles, SharedFolder, glance, nearest_folder, probe, read_soon
+from ray_pipeline.run_state import CONFIG_FILE
 from ray_pipeline.storage import Folder, is_uri
 from ray_pipeline.training.placement import alive_nodes, encoder_resources, rooms_by_node, worker_resources
 
@@ -63,6 +64,18 @@ def check_nodes(config: Config, *, trains: bool = True, encodes: bool = True) ->
     if problems:
         more = f" (and {len(problems) - 1} more: `ray-pipeline check` lists them)" if len(problems) > 1 else ""
         raise UserError(f"{next(iter(problems.values()))}{more}")
+
+
+def check_this_node(output_dir: str) -> None:
+    """UserError, in words, where the node of this worker does not find the run: one that joined later was not asked."""
+    try:
+        read_soon(Folder(output_dir), CONFIG_FILE)
+    except FileNotFoundError:
+        node = ray.util.get_node_ip_address()
+        raise UserError(
+            f"output_dir={shown(output_dir)} on node {node} holds no {CONFIG_FILE}, so it is not this run's folder "
+            f"there; {_SHARE}"
+        ) from None
 
 
 def answer_seconds(config: Config) -> float:

@@ -18,6 +18,7 @@ from ray_pipeline.monitoring.events import StepEvent
 from ray_pipeline.run_copy import working_copy
 from ray_pipeline.training.build import precision
 from ray_pipeline.training.device_peak import peak_flops, peak_memory
+from ray_pipeline.training.nodes import check_this_node
 from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
 from ray_pipeline.training.pictures import draw_samples
 from ray_pipeline.training.profiling import profiled
@@ -39,6 +40,7 @@ def train_phase(job: dict) -> None:
     UserError when that happens again.
     """
     job = PhaseJob(**job)
+    check_this_node(job.config["output_dir"])
     first = ray.train.get_context().get_world_rank() == 0
     with StopWatch(job.stop) as watch, working_copy(job.config["output_dir"], empty=not first):
         while (trouble := train_attempt(job, watch)) is not None:

@@ -42,7 +42,7 @@ def encoder_resources(config: Config) -> dict[str, float]:
 
 def check_resources(config: Config) -> None:
     """UserError when the running Ray can never hold the workers, at least as few as may train, and their streams, or
-    these streams take more than ray.data_cpus."""
+    these streams take more than ray.data_cpus. With ray.autoscaling what it will hold is not known."""
     settings, have, each = config.ray, ray.cluster_resources(), worker_resources(config)
     workers = settings.min_workers
     if settings.data_cpus is not None and stream_cpus(config) > settings.data_cpus:
@@ -51,6 +51,8 @@ def check_resources(config: Config) -> None:
             "CPU beside the training, at least one each worker; raise it, lower vae.actors or ray.num_workers, or use "
             "data.mode=latents"
         )
+    if settings.autoscaling:
+        return
     need = {name: workers * amount for name, amount in each.items()}
     # a stream that finds no room waits, and its worker with it
     need["CPU"] += stream_cpus(config) * workers / settings.max_workers

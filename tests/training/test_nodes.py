@@ -5,8 +5,18 @@ import os
 import pytest
 
 from ray_pipeline.config import parse_config
+from ray_pipeline.errors import UserError
 from ray_pipeline.storage import Folder
-from ray_pipeline.training.nodes import ask, asked_places, check_nodes, find_problems, manifests, shown, working_nodes
+from ray_pipeline.training.nodes import (
+    ask,
+    asked_places,
+    check_nodes,
+    check_this_node,
+    find_problems,
+    manifests,
+    shown,
+    working_nodes,
+)
 
 
 @pytest.fixture
@@ -19,6 +29,14 @@ def config_of(tiny_data, tmp_path):
         return parse_config(tree | {"output_dir": str(tmp_path / "run")} | fields)
 
     return make
+
+
+def test_a_worker_on_a_node_without_the_run_says_so_instead_of_beginning_again(ray_cluster, tmp_path):
+    """As on a node that has joined later, where another folder has the same path."""
+    (tmp_path / "config.yaml").touch()
+    check_this_node(str(tmp_path))
+    with pytest.raises(UserError, match=r"output_dir=/no/where on node \S+ holds no config\.yaml"):
+        check_this_node("/no/where")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,13 @@ def test_streams_that_encode_with_more_than_data_cpus_are_refused(ray_cluster):
         check_resources(config_of("tiles", actors=4, num_workers=2, data_cpus=3))
 
 
+def test_where_nodes_come_when_asked_for_more_workers_than_have_room_are_no_mistake(ray_cluster):
+    with pytest.raises(UserError, match="needs 7 CPU, but this Ray has 6"):
+        check_resources(config_of(num_workers=7))
+    check_resources(config_of(num_workers=7, autoscaling=True, use_gpu=False))
+    check_resources(config_of(num_workers=7, autoscaling=True, use_gpu=True))
+
+
 @pytest.mark.parametrize(
     ("settings", "placed"),
     [
