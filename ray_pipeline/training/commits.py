@@ -142,7 +142,9 @@ class Commits:
         if save.store is not self.run.checkpoints:
             return
         self._strays = ()
-        self.states = {name: state for name, state in self.states.items() if name not in save.obsolete}
+        # a stray's name may have been given to a save that came after this one
+        gone = set(save.obsolete) - set(self._pending)
+        self.states = {name: state for name, state in self.states.items() if name not in gone}
         self._tell(save, self._pending.pop(save.name), outcome.seconds)
 
     def _forget(self, save: Save) -> None:

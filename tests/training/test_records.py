@@ -90,6 +90,26 @@ def test_what_a_kill_left_of_a_checkpoint_goes_and_one_saved_again_in_its_place_
         assert left.exists() == (again == 2)
 
 
+def test_a_checkpoint_saved_again_while_what_a_kill_left_of_it_is_taken_away_is_known_and_goes_in_its_turn(run):
+    left = Path(run.checkpoints.path("prior_epoch_001.ckpt"))
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
+    with PhaseRecords(run) as records:
+        run.state.step = 3
+        records.save("safety")  # takes away what was left
+        run.state.step = 4
+        assert validated(records, 0.9)
+        records.save("best", epoch=1)  # asked for before it has
+        assert records.commits.saver.drain(60)
+        records.after_step(save=False)
+        assert records.progress.best.epoch == 1
+        run.state.step = 8
+        assert validated(records, 0.5)
+        records.save("epoch", epoch=2)
+        assert records.commits.saver.drain(60)
+        assert committed(run) == [8]
+
+
 def test_a_loss_that_is_not_finite_is_never_the_best(run):
     with PhaseRecords(run) as records:
         run.state.step = 4
