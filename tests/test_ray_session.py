@@ -19,7 +19,8 @@ from ray_pipeline.ray_session import ray_session
 from ray_pipeline.sections import RayConfig
 
 SESSION = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background have it ignored
 from ray_pipeline.ray_session import ray_session
 from ray_pipeline.sections import RayConfig
 
