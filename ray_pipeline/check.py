@@ -17,6 +17,7 @@ from ray_pipeline.config import Config
 from ray_pipeline.data.reachable import check_reachable
 from ray_pipeline.encoding import remote_locations
 from ray_pipeline.errors import UserError
+from ray_pipeline.job_paths import check_paths_under_job
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.ray_session import ray_session, session_address
 from ray_pipeline.storage import is_uri
@@ -41,7 +42,7 @@ def check(config: Config) -> Iterator[tuple[str, bool, str]]:
     yield _attempt("autoencoder", lambda: _try_autoencoder(config))
     yield _attempt("training step", lambda: _try_step(config))
     yield from _ray_lines(config)
-    yield _attempt("output_dir", lambda: _try_folder(config.output_dir))
+    yield _attempt("output_dir", lambda: _try_output(config))
     for key, location in remote_locations(config).items():
         yield _attempt(key, lambda key=key, location=location: _try_bucket(key, location))
 
@@ -102,7 +103,7 @@ def _ray_lines(config: Config) -> Iterator[tuple[str, bool, str]]:
             if not joined:
                 check_resources(config)
             have = ray.cluster_resources()
-            answer = ray.get(ray.remote(num_cpus=0.1)(lambda: "answers").remote(), timeout=60)
+            answer = ray.get(ray.remote(num_cpus=0)(lambda: "answers").remote(), timeout=60)
             yield "ray", True, f"{answer}; {have.get('CPU', 0):g} logical CPUs, {have.get('GPU', 0):g} GPUs"
             if joined:
                 yield from check_cluster(config)
@@ -115,7 +116,9 @@ def _try_bucket(key: str, location: str) -> str:
     return f"{shown(location)} answers"
 
 
-def _try_folder(folder: str) -> str:
+def _try_output(config: Config) -> str:
+    check_paths_under_job(config)
+    folder = config.output_dir
     if is_uri(folder):
         estimate.check_writable(folder, "output_dir")
         return f"{shown(folder)} can be written"

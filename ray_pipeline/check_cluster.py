@@ -65,7 +65,7 @@ def check_cluster(config: Config) -> Iterator[Line]:
     yield "object store", True, _object_store(config)
     for phase in config.phases:
         yield _memory_line(config, phase, [node for node in nodes if placed[node.id]], placed, told)
-    yield from _places_lines(places, sum(node.id in told for node in working), problems)
+    yield from _places_lines(places, sum(node.id in told for node in working), problems, config.ray.autoscaling)
     yield from _versions_lines(nodes, told)
 
 
@@ -181,10 +181,13 @@ def memory_split(config: Config, phase: PhaseConfig) -> dict[str, int]:
     return split | {"activations": worker_memory(config, phase) - sum(split.values())}
 
 
-def _places_lines(places: Places, heard: int, problems: dict[str, str]) -> Iterator[Line]:
-    """heard: nodes that work for the run and answered."""
+def _places_lines(places: Places, heard: int, problems: dict[str, str], to_come: bool) -> Iterator[Line]:
+    """heard: nodes that work for the run and answered; to_come: whether others may still come."""
     for key, words in problems.items():
         yield key, False, words
+    if not heard and to_come:
+        yield "folders", True, "asked before a run begins, of the nodes that have come then"
+        return
     for place in places.shared:
         if place.key not in problems:
             words = f"{shown(place.location)}: the same folder, readable and writable, on {heard} node(s)"

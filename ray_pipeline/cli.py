@@ -125,6 +125,7 @@ def _encode(arguments) -> None:
     from ray_pipeline import encoding
     from ray_pipeline.ray_session import ray_session
     from ray_pipeline.training.nodes import check_nodes
+    from ray_pipeline.training.placement import await_room, encoder_resources
 
     config = _load(arguments)
     if arguments.verify:
@@ -138,6 +139,7 @@ def _encode(arguments) -> None:
         print(f"latents   {prepared.job.store}: stored already, nothing to do")
     else:
         with ray_session(config.ray):
+            await_room(config, encoder_resources(config), 1, "an actor that encodes")
             check_nodes(config, trains=False)
             encoding.encode(config, prepared)
         print_store(prepared.job.store)

@@ -31,6 +31,7 @@ from ray_pipeline.sweep_space import check_space, continues, decays, phase_index
 from ray_pipeline.sweeping import confirm, found_config, search, served_phase
 from ray_pipeline.training.launch import check_resources, run_phase
 from ray_pipeline.training.nodes import check_nodes
+from ray_pipeline.training.placement import await_room, encoder_resources, worker_resources
 from ray_pipeline.training.setup import PhaseJob, stream_cpus
 from ray_pipeline.training.sweep import trials_at_once
 
@@ -89,7 +90,7 @@ def _train(
     note_plan(config, samples)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
-        check_nodes(config, encodes=not prepared.stored)
+        _find_nodes(config, prepared)
         if config.sweep.enabled and read_winner(config.output_dir) is None:
             trials_at_once(config)
         encode(config, prepared)
@@ -149,11 +150,21 @@ def _sweep(config: Config, resume: bool, verbose: bool, say: Callable[[str], Non
     check_room(config, check_phases(config, prepared))
     start.accept(prepared.fingerprint.store)
     with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
-        check_nodes(config, encodes=not prepared.stored)
+        _find_nodes(config, prepared)
         encode(config, prepared)
         config = search(config, prepared.job.store, _first_weights(config), say)
     replace(start, config=config).write_config()
     return location_of(sweep_folder(config.output_dir))
+
+
+def _find_nodes(config: Config, prepared: Prepared) -> None:
+    """Before anything is computed: nodes with room, those of an autoscaler too, that find what the run reads and
+    writes."""
+    if not prepared.stored:
+        await_room(config, encoder_resources(config), 1, "an actor that encodes")
+    if config.ray.autoscaling:
+        await_room(config, worker_resources(config), config.ray.min_workers, "the workers")
+    check_nodes(config, encodes=not prepared.stored)
 
 
 def _first_weights(config: Config) -> str | None:

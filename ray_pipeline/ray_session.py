@@ -107,7 +107,12 @@ def store_bytes(settings: RayConfig) -> int | None:
 
 
 def _check_listens(address: str) -> None:
-    """UserError where nothing takes connections at HOST:PORT: Ray would try for minutes."""
+    """UserError where nothing takes connections at HOST:PORT: Ray would try for minutes; and for a dashboard's URL."""
+    if re.match("https?://", address):
+        raise UserError(
+            f"ray.address={address} is a dashboard's URL, but a driver runs on a node of the cluster; use "
+            "`ray-pipeline submit`, or `ray job submit` with this command"
+        )
     found = re.fullmatch(r"([\w.-]+):(\d+)", address)
     if found is None:
         return

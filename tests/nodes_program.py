@@ -4,7 +4,8 @@
 
 FOLDER/shared is the working directory of this process, of the head (no CPU) and of one node, FOLDER/elsewhere that of
 the other: a path below /proc/self/cwd is another folder there, as one on a local disk would be. FOLDER/commands.json:
-{"well": words of the command `check`, "wrong": those of another}. Prints as JSON {name: [exit status, what was
+{"bare": words of the command `check` while there is only the head, "well": those of one with all nodes, "wrong": of
+another}. Prints as JSON {name: [exit status, what was
 printed]}, "check_nodes": what it says to the config of `well`, and to the same with the output_dir of `wrong`, and
 "silent": what is told of nodes when one hangs.
 """
@@ -26,17 +27,9 @@ from ray_pipeline.ray_session import ray_session
 from ray_pipeline.training.nodes import Places, ask, check_nodes, find_problems, working_nodes
 
 
-def start_nodes(folder: Path) -> Cluster:
-    nodes = Cluster()
-    for place, cpus in (("shared", 0), ("shared", 2), ("elsewhere", 3)):
-        (folder / place).mkdir(exist_ok=True)
-        os.chdir(folder / place)
-        add_node(nodes, cpus)
-    os.chdir(folder / "shared")
-    return nodes
-
-
-def add_node(nodes: Cluster, cpus: int) -> None:
+def add_node(nodes: Cluster, place: Path, cpus: int) -> None:
+    place.mkdir(exist_ok=True)
+    os.chdir(place)
     for tries_left in (2, 1, 0):  # Ray waits 30 s for its own processes, which a busy machine may need longer to start
         before = set(psutil.Process().children(recursive=True))
         try:
@@ -83,9 +76,14 @@ def ask_while_a_node_hangs(nodes: Cluster, config: Config) -> str:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     commands = json.loads((folder / "commands.json").read_text())
-    nodes = start_nodes(folder)
+    nodes = Cluster()
     try:
-        answers = {name: run(words, nodes.address) for name, words in commands.items()}
+        add_node(nodes, folder / "shared", 0)
+        answers = {"bare": run(commands.pop("bare"), nodes.address)}
+        add_node(nodes, folder / "shared", 2)
+        add_node(nodes, folder / "elsewhere", 3)
+        os.chdir(folder / "shared")
+        answers |= {name: run(words, nodes.address) for name, words in commands.items()}
         config = config_of(commands["well"], nodes.address)
         local = config.model_copy(update={"output_dir": config_of(commands["wrong"], nodes.address).output_dir})
         with ray_session(config.ray):

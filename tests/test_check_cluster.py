@@ -42,6 +42,7 @@ def answers(folder, s3_server) -> dict:
     there = [f"data.root={folder}/shared/data", f"vae.pretrained={folder}/shared/autoencoder"]
     well = [f"output_dir={folder}/shared/run", *there, f"checkpoint.store={store}", "ray.num_workers=[1,3]"]
     settings = {
+        "bare": [*well, "ray.autoscaling=true", "ray.use_gpu=false"],
         "well": [*well, "ray.data_cpus=4", "ray.object_store_gib=0.25"],
         "wrong": [
             f"output_dir={LOCAL}/run", f"data.root={LOCAL}/data", f"vae.pretrained={LOCAL}/autoencoder",
@@ -86,6 +87,15 @@ def test_a_plan_that_fits_is_told_fact_by_fact(answers):
     assert f"{torch.__version__.partition('+')[0]}" in lines["torch on nodes"]
     assert "on 3 node(s)" in lines["sources on nodes"]
     assert "endpoint_override" not in text
+
+
+def test_on_a_cluster_whose_nodes_have_yet_to_come_nothing_is_wrong(answers):
+    code, text = answers["bare"]
+    lines = lines_of(answers["bare"])
+    assert code == 0, text
+    assert lines["workers"].endswith("room for 0 now, the rest within 30 minutes or not at all")
+    assert "room for 0 now" in lines["encode actors"]
+    assert "folders asked before a run begins" in " ".join(text.split())
 
 
 def test_every_part_that_does_not_fit_is_named(answers):

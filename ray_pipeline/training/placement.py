@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 
 import ray
+from ray.util import placement_group, remove_placement_group
 
 from ray_pipeline.config import Config
 from ray_pipeline.data.stream import ENCODER_CPUS
 from ray_pipeline.errors import UserError
 from ray_pipeline.training.setup import stream_cpus, stream_gpus, stream_workers
+
+_POLL_SECONDS = 1
 
 
 def uses_gpu(config: Config) -> bool:
@@ -71,6 +75,30 @@ def check_resources(config: Config) -> None:
             f"for {workers} worker(s) of {in_words(each)}, each on one node, but there is room for {fitting}: "
             f"{_nodes_in_words(each)}; lower ray.num_workers or what a worker takes, or add larger nodes"
         )
+
+
+def await_room(config: Config, each: dict[str, float], count: int, who: str) -> None:
+    """Wait until the running Ray has `count` times `each` free at once, as ray.placement_strategy wants it, and so let
+    an autoscaler add the nodes; take nothing. who: those that it is for, in words.
+
+    UserError after ray.timeout_minutes; at once where no node is large enough, and none that is will come.
+    """
+    settings = config.ray
+    if not (settings.autoscaling or any(rooms_by_node(each).values())):
+        raise UserError(f"no node is large enough for {who} ({in_words(each)} each): {_nodes_in_words(each)}")
+    group = placement_group([each] * count, strategy=settings.placement_strategy)
+    try:
+        until = time.monotonic() + 60 * settings.timeout_minutes
+        while not group.wait(_POLL_SECONDS):  # which no signal interrupts
+            if time.monotonic() > until:
+                free = {name: ray.available_resources().get(name, 0) for name in each}
+                raise UserError(
+                    f"in ray.timeout_minutes={settings.timeout_minutes:g} there was no room for {who}, {count} times "
+                    f"{in_words(each)}; this Ray has {in_words(free)} free ({_nodes_in_words(each)}): end what else "
+                    "runs there, add nodes, or ask for less"
+                )
+    finally:
+        remove_placement_group(group)
 
 
 def workers_that_fit(config: Config) -> int:

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -404,13 +405,10 @@ OURS = (("ray-pipeline",), (".venv/bin/ray-pipeline",), ("python", "-m", "ray_pi
 
 
 def command_lines() -> list[tuple[str, list[str]]]:
-    found = [
-        (path.name, words)
-        for path in FILES
-        if path not in (SLURM, DOCKERFILE)
-        for text in shell_of(path)
-        for words in commands(text, OURS)
-    ]
+    texts = [(path.name, text) for path in FILES if path not in (SLURM, DOCKERFILE) for text in shell_of(path)]
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    texts += [("/README.md", text) for text in blocks]
+    found = [(name, words) for name, text in texts for words in commands(text, OURS)]
     return [(name, words) for at, (name, words) in enumerate(found) if words not in [w for _, w in found[:at]]]
 
 
@@ -439,10 +437,35 @@ def test_our_commands_are_ones_that_our_parser_knows(name, words):
 def test_the_commands_that_matter_are_among_those_that_are_checked():
     seen = {(name, words[0]) for name, words in command_lines()}
     assert {("README.md", name) for name in ("submit", "train", "status", "check")} <= seen
-    assert ("rayjob.yaml", "train") in seen
+    assert {
+        ("rayjob.yaml", "train"),
+        ("/README.md", "submit"),
+        ("/README.md", "train"),
+        ("/README.md", "prepare"),
+    } <= seen
     assert all(
-        "--resume=auto" in words for _, words in command_lines() if words[0] in ("train", "submit") and words[1:]
+        "--resume=auto" in words
+        for name, words in command_lines()
+        if name != "/README.md" and words[0] in ("train", "submit") and words[1:]
     )
+
+
+def test_on_clusters_that_begin_without_workers_a_run_waits_for_them_and_for_their_gpus():
+    groups = [
+        at(load(path), "spec", *keys, "workerGroupSpecs", 0)
+        for path, keys in zip(KUBERAY, ((), ("rayClusterSpec",)), strict=True)
+    ]
+    assert [(group["minReplicas"], group["replicas"]) for group in groups] == [(0, 0)] * 2
+    for path in LAUNCHER:
+        types = load(path).get("available_node_types", {})
+        assert {kind["min_workers"] for name, kind in types.items() if "head" not in name} <= {0}
+    runs = [words for _, words in command_lines() if any(word.startswith("ray.num_workers=") for word in words)]
+    assert len(runs) >= 4
+    for words in runs:
+        overrides = [word for before, word in pairwise(words) if before == "--set"]
+        settings = load_config(ROOT / "configs" / "microscopy.yaml", overrides).ray
+        assert settings.autoscaling
+        assert settings.use_gpu is True
 
 
 @pytest.mark.parametrize("words", [["train", "--confg", "c"], ["train", "--config", "demo.yaml", "--set", "ray.gpu=1"]])

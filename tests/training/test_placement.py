@@ -1,12 +1,14 @@
 """What a run takes of the Ray that is running. Six logical CPUs, no GPU, one node."""
 
 import os
+import time
 
 import pytest
+import ray
 
 from ray_pipeline.config import parse_config
 from ray_pipeline.errors import UserError
-from ray_pipeline.training.placement import check_resources, encode_actors, workers_by_node
+from ray_pipeline.training.placement import await_room, check_resources, encode_actors, workers_by_node
 
 
 def config_of(mode="latents", actors=None, **settings):
@@ -34,6 +36,22 @@ def test_where_nodes_come_when_asked_for_more_workers_than_have_room_are_no_mist
         check_resources(config_of(num_workers=7))
     check_resources(config_of(num_workers=7, autoscaling=True, use_gpu=False))
     check_resources(config_of(num_workers=7, autoscaling=True, use_gpu=True))
+
+
+def test_room_is_waited_for_and_given_back_and_what_no_node_has_is_refused_at_once(ray_cluster):
+    free = ray.available_resources()["CPU"]
+    await_room(config_of(), {"CPU": 2}, 2, "the workers")
+    while ray.available_resources()["CPU"] < free:
+        time.sleep(0.1)
+    with pytest.raises(
+        UserError, match=r"no node is large enough for the workers \(7 CPU each\): 1 node\(s\), at most 6"
+    ):
+        await_room(config_of(), {"CPU": 7}, 1, "the workers")
+    comes = config_of(autoscaling=True, use_gpu=False, timeout_minutes=0.03)
+    with pytest.raises(
+        UserError, match=r"in ray\.timeout_minutes=0\.03 there was no room for the workers, 1 times 7 CPU"
+    ):
+        await_room(comes, {"CPU": 7}, 1, "the workers")
 
 
 @pytest.mark.parametrize(
