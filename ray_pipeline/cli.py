@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from ray_pipeline.cli_data import add_data_commands
 from ray_pipeline.cli_inference import add_inference_commands
@@ -77,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_loudness(sweep)
     add_submit(partial(_add, commands))
     add_inference_commands(partial(_add, commands))
+    report = _add(
+        commands, "report", _report, "draw a run's report.html anew, as for one that was killed",
+        "ray-pipeline report demo_output/run",
+    )  # fmt: skip
+    report.add_argument("run", help="the run's output_dir")
+    report.add_argument("--out", type=Path, help="the page (default: RUN/report.html; of a run on a URI ./report.html)")
     status = _add(commands, "status", _status, "print where a run stands", "ray-pipeline status demo_output/run")
     status.add_argument("run", help="the run's output_dir")
     status.add_argument(
@@ -203,6 +210,16 @@ def _sweep(arguments) -> None:
     at = Folder(folder).child
     print(ascii_text(f"results   {at('results.csv')}\n          {at('sweep.png')}\nwinner    {at('winner.json')}"))
     print(f"next      ray-pipeline train {config_words(arguments)} --resume")
+
+
+def _report(arguments) -> None:
+    from ray_pipeline.monitoring.report import write_report
+    from ray_pipeline.run_copy import reading_copy
+    from ray_pipeline.storage import is_uri
+
+    here = Path("report.html") if is_uri(arguments.run) else None
+    with reading_copy(arguments.run) as folder:
+        print(f"report    {write_report(folder, arguments.out or here)}")
 
 
 def _status(arguments) -> None:

@@ -63,8 +63,8 @@ class _Run:
         return [record for record in self._by_event.get(event, []) if phase in (None, record["phase"])]
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write <run_dir>/report.html anew, from what the run has written so far, and return its path.
+def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
+    """Write <run_dir>/report.html, or `out`, anew from what the run has written so far, and return its path.
 
     The page loads nothing: style, script and pictures are in it. A file of the run that is missing or damaged is named
     there. Raises UserError when there is no run in run_dir, OSError when the page cannot be written.
@@ -78,7 +78,7 @@ def write_report(run_dir: str | Path) -> Path:
     environment.filters |= {"number": _number, "seconds": format_seconds, "time": _time, "share": _share}
     template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="ascii"))
     page = template.render(_contents(run))
-    path = run.folder / FILE
+    path = out or run.folder / FILE
     replace_file(path, page.encode("utf-8", "replace"))
     return path
 

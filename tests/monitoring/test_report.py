@@ -14,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ray_pipeline.cli import main
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.event_log import EventLog
 from ray_pipeline.monitoring.events import (
@@ -29,6 +30,7 @@ from ray_pipeline.monitoring.metrics_file import metrics_path, read_events
 from ray_pipeline.monitoring.phase_state import FILE, BestCheckpoint, PhaseState
 from ray_pipeline.monitoring.plots import panels
 from ray_pipeline.monitoring.report import write_report
+from ray_pipeline.storage import Folder
 from ray_pipeline.sweep_records import EpochResult, SweepRecord, TrialRecord, Winner, sweep_folder
 
 ATTACK = "<script>alert('x')</script>"
@@ -377,6 +379,30 @@ def test_rewriting_replaces_the_page_as_a_whole(tmp_path):
     assert write_report(str(run_dir)) == first == run_dir / "report.html"
     assert "Nothing is recorded yet" in Page(first).words("charts")
     assert [path.name for path in run_dir.glob(".*")] == []
+
+
+def test_the_command_draws_the_page_anew_where_it_is_asked_for(tmp_path, capsys):
+    run_dir, _ = make_run(tmp_path / "run")
+    for words, page in (
+        ([], run_dir / "report.html"),
+        (["--out", str(tmp_path / "page.html")], tmp_path / "page.html"),
+    ):
+        assert main(["report", str(run_dir), *words]) == 0
+        assert str(page) in capsys.readouterr().out
+        assert "phase1" in Page(page).words("charts")
+        page.unlink()
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_page_of_a_run_in_object_storage_is_drawn_here(tmp_path, s3, monkeypatch):
+    run_dir, _ = make_run(tmp_path / "run")
+    remote = Folder(s3).child(tmp_path.name, "run")
+    for path in run_dir.rglob("*"):
+        if path.is_file():
+            remote.child(*path.relative_to(run_dir).parts[:-1]).write(path.name, path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", remote.location]) == 0
+    assert "phase1" in Page(tmp_path / "report.html").words("charts")
 
 
 def test_importing_the_report_imports_no_torch():
