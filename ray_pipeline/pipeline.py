@@ -19,6 +19,7 @@ from ray_pipeline.job_paths import check_paths_under_job
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.environment import environment
+from ray_pipeline.monitoring.live_report import LiveReport
 from ray_pipeline.monitoring.sinks import chosen_sinks
 from ray_pipeline.ray_session import ray_session
 from ray_pipeline.resume import holds_run, open_run
@@ -88,7 +89,7 @@ def _train(
     check_room(config, samples)
     start.accept(prepared.fingerprint.store)
     note_plan(config, samples)
-    with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
+    with LiveReport(config), ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         check_resources(config)
         _find_nodes(config, prepared)
         if config.sweep.enabled and read_winner(config.output_dir) is None:
@@ -149,7 +150,7 @@ def _sweep(config: Config, resume: bool, verbose: bool, say: Callable[[str], Non
     prepared = look(config)
     check_room(config, check_phases(config, prepared))
     start.accept(prepared.fingerprint.store)
-    with ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
+    with LiveReport(config), ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
         _find_nodes(config, prepared)
         encode(config, prepared)
         config = search(config, prepared.job.store, _first_weights(config), say)

@@ -1,0 +1,78 @@
+"""Beside a command that works on a run: its report.html, made anew while the run's records change."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import warnings
+
+from ray_pipeline.config import Config
+from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.metrics_file import metrics_files
+from ray_pipeline.run_copy import run_path
+from ray_pipeline.sweep_records import sweep_folder
+
+_POLL_SECONDS = 1.0
+#: between two pages at least, and at most while the command lives, so that an old page means that it does not
+_PAUSE_SECONDS, _MOST_SECONDS = 20.0, 600.0
+#: and so many times as long as one takes, so that all of them take at most 1 %
+_PAUSE_FACTOR = 100
+_LEAST_PRIORITY = 19
+
+
+class LiveReport:
+    """A context manager around all that a command does with a run; leaving it draws the last state. Nothing where
+    monitoring.report is off."""
+
+    def __init__(self, config: Config):
+        self.wanted, self.run_dir = config.monitoring.report, run_path(config.output_dir)
+        self._sweep = sweep_folder(config.output_dir)
+        self._ended = threading.Event()
+        self._told = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="live-report")
+
+    def __enter__(self) -> LiveReport:
+        if self.wanted:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        if self.wanted:
+            self._thread.join()
+
+    def _run(self) -> None:
+        if sys.platform == "linux":  # where a priority may be one thread's own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
+        drawn, ended, pause, last = None, False, 0.0, -_MOST_SECONDS
+        while not ended:
+            ended = self._ended.wait(_POLL_SECONDS)
+            since, found = time.monotonic() - last, self._found()
+            if (found != drawn and (ended or since >= pause)) or since >= _MOST_SECONDS:
+                last, drawn = time.monotonic(), found
+                self._draw()
+                pause = min(max(_PAUSE_SECONDS, _PAUSE_FACTOR * (time.monotonic() - last)), _MOST_SECONDS)
+
+    def _found(self) -> list[tuple[int, int]]:
+        """Of the run's records, what changes when one of them does."""
+        paths = [*metrics_files(self.run_dir), self.run_dir / phase_state.FILE, *self._sweep.glob("*.json")]
+        found = []
+        for path in paths:
+            try:
+                about = path.stat()
+            except OSError:  # it goes, or comes, just now
+                continue
+            found.append((about.st_mtime_ns, about.st_size))
+        return found
+
+    def _draw(self) -> None:
+        from ray_pipeline.monitoring.report import write_report  # a second of import
+
+        try:
+            write_report(self.run_dir)
+        except Exception as error:  # no picture is worth a run
+            if not self._told:
+                self._told = True
+                warnings.warn(f"report.html cannot be drawn: {type(error).__name__}: {error}", stacklevel=2)

@@ -1,0 +1,43 @@
+"""A run's page while a command works on it, whatever it does."""
+
+import time
+import warnings
+
+from ray_pipeline.monitoring.live_report import LiveReport
+from ray_pipeline.sweep_records import SweepRecord, TrialRecord, sweep_folder
+
+TIMEOUT_SECONDS = 60
+
+
+def test_the_page_is_there_before_anything_is_trained_and_shows_a_sweep_between_the_phases(make_run):
+    run = make_run()
+    page = run.folder / "report.html"
+    with LiveReport(run.config):
+        until = time.monotonic() + TIMEOUT_SECONDS
+        while not page.exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert "Nothing is trained yet." in page.read_text()
+        run.train("one", 4, finish=True)
+        sweep_folder(run.folder).mkdir()
+        trials = [TrialRecord(number=0, values={}), TrialRecord(number=1, values={}, status="finished")]
+        SweepRecord(averages=["a"], trials=trials).save(sweep_folder(run.folder))
+    assert "the sweep goes on, 1 of 2 trials so far have ended" in page.read_text()
+
+
+def test_there_is_no_page_where_none_is_wanted(make_run):
+    run = make_run(monitoring={"report": False})
+    with LiveReport(run.config):
+        run.train("one", 4)
+    assert not (run.folder / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(make_run):
+    run = make_run()
+    (run.folder / "report.html" / "in the way").mkdir(parents=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with LiveReport(run.config):
+            run.train("one", 4)
+            time.sleep(2.5)  # it is drawn, and once more at the end
+    assert len([warning for warning in told if "report.html cannot be drawn" in str(warning.message)]) == 1
