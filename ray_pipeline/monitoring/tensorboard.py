@@ -23,16 +23,19 @@ from PIL import Image
 from ray_pipeline.json_lines import write_whole
 from ray_pipeline.monitoring.events import Event, SampleEvent, curves, note
 from ray_pipeline.monitoring.sink import SinkContext
+from ray_pipeline.storage import replace_file
 
 PREVIEW_PIXELS = 1024
+#: tags of what is written once for all attempts
+_ONCE = "_hparams_/"
 _HYPERPARAMETERS = ("model", "optimizer", "train", "ema", "scheduler", "hint_control")
 
 
 class TensorBoard:
     """Sink: curves, texts, pictures and hyperparameters of one phase in logs/tensorboard/<phase>.
 
-    What earlier attempts wrote after context.resume_step is hidden by a mark that TensorBoard knows; points up to it
-    that a kill kept from the disk are written now.
+    What earlier attempts wrote after context.resume_step is taken out of their files; points up to it that a kill kept
+    from the disk are written now.
     """
 
     def __init__(self, context: SinkContext):
@@ -45,15 +48,22 @@ class TensorBoard:
         self._run_dir = context.run_dir
         folder = context.run_dir / "logs" / "tensorboard" / context.phase
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = sorted(folder.iterdir())
+        resume_step, known = context.resume_step, set()
         # TensorBoard reads the files of a folder in the order of their names, so the name begins with time.
+        earlier = sorted(folder.glob("events.out.tfevents.*"))
+        for path in earlier:
+            if resume_step is not None:
+                # The newest in any case: a superseded writer that still lives keeps the old file.
+                _cut(path, resume_step, self._event, always=path == earlier[-1])
+            for _, event in _records(path, self._event):
+                known |= {(value.tag, event.step) for value in event.summary.value if value.HasField("simple_value")}
         name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
         self._file = FileIO(folder / name, "x")
         self._write(file_version="brain.Event:2")
-        if context.resume_step is not None:
-            # A session that starts at step k hides what earlier files hold from step k on (purge_step).
-            self._write(step=context.resume_step + 1, session_log={"status": event_pb2.SessionLog.START})
-            known = {point for path in earlier for point in _points(path, self._event)}
+        if resume_step is not None:
+            # For a TensorBoard that runs and has read what is cut now: it hides what it has from this step on
+            # (purge_step). Its data server does not know the mark, and shows a cut point until a new one comes.
+            self._write(step=resume_step + 1, session_log={"status": event_pb2.SessionLog.START})
             for event in context.recorded():
                 self._write_curves(event, [tag for tag in curves(event) if (tag, event.step) not in known])
         if not earlier and context.config:
@@ -112,16 +122,27 @@ def hyperparameters(config: Mapping[str, Any], phase: str) -> dict[str, bool | i
     return {"seed": config["seed"], **plain}
 
 
-def _points(path: Path, kind: type) -> Iterator[tuple[str, int]]:
-    """(tag, step) of the numbers in an event file, up to a torn end."""
-    data, at = path.read_bytes(), 0
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from("<Q", data, at)
-        end = at + 16 + length
-        if end > len(data):
-            return
-        event = kind.FromString(data[at + 12 : at + 12 + length])
-        for value in event.summary.value:
-            if value.HasField("simple_value"):
-                yield value.tag, event.step
-        at = end
+def _records(path: Path, kind: type) -> Iterator[tuple[bytes, Any]]:
+    """(record as it stands there, its event) of an event file, up to a torn end."""
+    with path.open("rb") as file:
+        while len(head := file.read(12)) == 12:
+            (length,) = struct.unpack_from("<Q", head)
+            rest = file.read(length + 4)
+            if len(rest) < length + 4:
+                return
+            yield head + rest, kind.FromString(rest[:length])
+
+
+def _is_cut(event: Any, resume_step: int) -> bool:
+    """Whether an event was told after the step from which the next attempt goes on."""
+    told = any(not value.tag.startswith(_ONCE) for value in event.summary.value)
+    return told and event.step > resume_step
+
+
+def _cut(path: Path, resume_step: int, kind: type, always: bool) -> None:
+    """Replace an event file by one without the events after `resume_step`; without `always` only if it has any."""
+    if always or any(_is_cut(event, resume_step) for _, event in _records(path, kind)):
+        # a hidden name without "tfevents", which TensorBoard does not read and a run's copy does not store
+        new = path.with_name(".cut")
+        replace_file(new, (record for record, event in _records(path, kind) if not _is_cut(event, resume_step)))
+        os.replace(new, path)

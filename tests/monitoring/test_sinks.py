@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.context import RequestContext
+from tensorboard.data.server_ingester import SubprocessServerDataIngester, get_server_binary
+from tensorboard.util.grpc_util import ChannelCredsType
 
 from ray_pipeline.config import parse_config
 from ray_pipeline.errors import UserError
@@ -89,6 +92,30 @@ def board(run_dir):
     return {(tag, point.step): point.value for tag in tags for point in found.Scalars(tag)}, found
 
 
+def data_server(run_dir, newest):
+    """Points by tag and step, and tags of texts, as the data server reads them, which `tensorboard --logdir` asks.
+
+    newest: the last step in the last file, which it reads last.
+    """
+    ingester = SubprocessServerDataIngester(
+        get_server_binary(),
+        str(run_dir / "logs" / "tensorboard"),
+        reload_interval=0,
+        channel_creds_type=ChannelCredsType.LOCAL,
+        samples_per_plugin={"scalars": 0},
+    )
+    ingester.start()
+    points, deadline = {}, time.monotonic() + 60
+    while ("train/loss", newest) not in points:
+        assert time.monotonic() < deadline
+        scalars = ingester.data_provider.read_scalars(
+            RequestContext(), experiment_id="any", plugin_name="scalars", downsample=10**6
+        )
+        points = {(tag, one.step): one.value for tag, series in scalars.get(PHASE, {}).items() for one in series}
+    texts = ingester.data_provider.list_tensors(RequestContext(), experiment_id="any", plugin_name="text")
+    return points, set(texts.get(PHASE, {}))
+
+
 def told(run_dir):
     """The same points as the records have them."""
     return {
@@ -139,6 +166,48 @@ def test_after_a_kill_and_a_resume_tensorboard_has_every_point_of_the_records_on
             log.emit(event)
     assert [record["step"] for record in read_events(tmp_path, PHASE, "step")] == list(range(1, 321))
     assert_equal(board(tmp_path)[0], told(tmp_path))
+
+
+def test_no_reader_of_tensorboard_shows_what_a_killed_attempt_told_after_the_resume_step(tmp_path):
+    config = parse_config({"phases": [{"name": PHASE, "epochs": 2}]}).dump()
+    with EventLog(tmp_path, PHASE, ("tensorboard",), config=config, resume_step=-1) as log:
+        for event in events(1, 43):
+            log.emit(event)
+        log.emit(FaultEvent(PHASE, 41, "save", "the disk is full"))
+    folder = tmp_path / "logs" / "tensorboard" / PHASE
+    (first,) = folder.iterdir()
+    with first.open("ab") as file:
+        file.write(struct.pack("<Q", 100) + b"torn")
+    with EventLog(tmp_path, PHASE, ("tensorboard",), config=config, resume_step=22) as log:
+        for event in events(23, 24):
+            log.emit(event)
+    assert log.troubles() == []
+    expected = told(tmp_path)
+    assert {step for tag, step in expected if tag == "checkpoint/seconds"} == {5, 10, 15, 20}
+    shown, texts = data_server(tmp_path, 24)
+    assert_equal(shown, expected)
+    assert texts == set()
+    points, reader = board(tmp_path)
+    assert_equal(points, expected)
+    assert b"phase.epochs" in reader.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert sorted(folder.iterdir())[0] == first
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_superseded_attempt_that_still_lives_writes_nothing_that_tensorboard_shows(tmp_path):
+    before = EventLog(tmp_path, PHASE, ("tensorboard",), resume_step=0)
+    for event in events(1, 10):
+        before.emit(event)
+    deadline = time.monotonic() + 60
+    while len(board(tmp_path)[0]) < len(told(tmp_path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with EventLog(tmp_path, PHASE, ("tensorboard",), resume_step=10) as log:
+        log.emit(step_event(11))
+    for event in events(21, 25):
+        before.emit(event)
+    before.close()
+    assert_equal(data_server(tmp_path, 11)[0], told(tmp_path))
 
 
 def test_a_sink_of_another_package_gets_every_event_in_order(tmp_path, plugin):
