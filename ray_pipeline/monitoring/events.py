@@ -79,12 +79,16 @@ class CheckpointEvent:
 
 @dataclass(frozen=True)
 class PhaseEvent:
-    """The phase changed its `status`: started, resumed (plots mark the step), finished, ..."""
+    """The phase changed its `status`: started, resumed (plots mark the step), finished, ...
+
+    total_steps: of the whole phase; 0: not told.
+    """
 
     phase: str
     status: str
     step: int
     message: str
+    total_steps: int = 0
 
 
 @dataclass(frozen=True)

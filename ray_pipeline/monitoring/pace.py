@@ -10,7 +10,7 @@ from datetime import datetime
 from ray_pipeline.monitoring.phase_state import PhaseState
 
 #: step records that the pace is taken from
-_RECENT = 200
+RECENT = 200
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def seconds_a_step(records: Sequence[dict]) -> float:
             steps = []
         elif record["event"] == "step":
             steps.append(record)
-    recent = steps[-_RECENT:]
+    recent = steps[-RECENT:]
     if len(recent) < 2 or recent[-1]["step"] <= recent[0]["step"]:
         return math.nan
     first, last = (datetime.fromisoformat(recent[place]["time"]) for place in (0, -1))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from functools import cache
 
 from ray.util.metrics import Counter, Gauge
 
-from ray_pipeline.monitoring.events import CheckpointEvent, Event, FaultEvent, StepEvent, ValidationEvent
+from ray_pipeline.monitoring.events import CheckpointEvent, Event, FaultEvent, PhaseEvent, StepEvent, ValidationEvent
+from ray_pipeline.monitoring.pace import RECENT, seconds_a_step
+from ray_pipeline.monitoring.phase_state import utc_now
 from ray_pipeline.monitoring.sink import SinkContext
 
 _TAGS = ("run", "phase")
@@ -26,6 +29,9 @@ STEP_GAUGES = {
     "memory_bytes": ("memory_bytes", "Most memory so far: allocated on the GPU, or resident on a CPU."),
 }
 OTHER_GAUGES = {
+    "status": "0 in training, 1 stopped in order, 2 finished; a series that ends at 0 is of a worker that died.",
+    "total_steps": "Optimizer steps of the whole phase.",
+    "seconds_left": "Seconds until the phase ends, at the pace of the last steps.",
     "val_loss": "Validation loss of the average that checkpoints are judged by.",
     "checkpoint_seconds": "Seconds for which training stood still for the last checkpoint.",
     "checkpoint_write_seconds": "Seconds that writing the last checkpoint took.",
@@ -34,6 +40,8 @@ COUNTERS = {
     "skipped_steps": "Steps without a finite loss or gradient.",
     "faults": "Things that went wrong while the run went on.",
 }
+#: Ray takes over what a worker set last when it kills it, and shows it for another 20 s
+_STATUS = {"started": 0, "resumed": 0, "stopped": 1, "finished": 2}
 
 
 class RayMetrics:
@@ -42,12 +50,20 @@ class RayMetrics:
     def __init__(self, context: SinkContext):
         self._tags = {"run": context.run_name, "phase": context.phase}
         self._average: str | None = None
+        self._total_steps = 0
+        self._steps: deque[dict] = deque(maxlen=RECENT)
 
     def emit(self, event: Event) -> None:
         if isinstance(event, StepEvent):
             for name, (field, words) in STEP_GAUGES.items():
                 self._set(name, words, getattr(event, field))
             self._count("skipped_steps", event.skipped)
+            self._steps.append({"event": "step", "step": event.step, "time": utc_now()})
+            if self._total_steps:
+                pace = seconds_a_step(self._steps)
+                self._set("seconds_left", OTHER_GAUGES["seconds_left"], pace * (self._total_steps - event.step))
+        elif isinstance(event, PhaseEvent):
+            self._emit_phase(event)
         elif isinstance(event, ValidationEvent):
             self._average = self._average or event.ema  # the first of several is the one that decides
             if event.ema == self._average:
@@ -60,6 +76,13 @@ class RayMetrics:
 
     def close(self) -> None:
         """Ray reports what was set until the process ends."""
+
+    def _emit_phase(self, event: PhaseEvent) -> None:
+        if event.status in _STATUS:
+            self._set("status", OTHER_GAUGES["status"], _STATUS[event.status])
+        if event.total_steps:
+            self._total_steps = event.total_steps
+            self._set("total_steps", OTHER_GAUGES["total_steps"], event.total_steps)
 
     def _set(self, name: str, words: str, value: float) -> None:
         if math.isfinite(value):

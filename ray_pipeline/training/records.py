@@ -70,7 +70,7 @@ class PhaseRecords:
         self.state.run["resources"] = resources(run)
         word = "resumed" if run.state.step else "started"
         message = f"{word} at step {run.state.step} of {run.total_steps} on {run.world_size} worker(s)"
-        self.events.emit(PhaseEvent(run.phase.name, word, run.state.step, message))
+        self.events.emit(PhaseEvent(run.phase.name, word, run.state.step, message, run.total_steps))
         self.state.record(word, f"{run.phase.name}: {message}, attempt {run.start.attempt}")
         for words in run.start.passed_over:
             self.fault("checkpoint", words)

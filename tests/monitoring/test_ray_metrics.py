@@ -12,7 +12,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from ray_pipeline.monitoring.event_log import EventLog
-from ray_pipeline.monitoring.events import CheckpointEvent, FaultEvent, StepEvent, ValidationEvent
+from ray_pipeline.monitoring.events import CheckpointEvent, FaultEvent, PhaseEvent, StepEvent, ValidationEvent
 from ray_pipeline.monitoring.ray_metrics import COUNTERS, OTHER_GAUGES, STEP_GAUGES
 
 PHASE = "phase1_unconditional"
@@ -41,7 +41,9 @@ def scrape(run: str) -> dict[str, float]:
 def test_the_metrics_endpoint_of_a_node_shows_a_run(ray_cluster, tmp_path):
     run_dir = tmp_path / "metrics_run"
     with EventLog(run_dir, PHASE, ("ray",)) as log:
+        log.emit(PhaseEvent(PHASE, "started", 0, "started at step 0 of 20 on 1 worker(s)", 20))
         log.emit(StepEvent(PHASE, 1, 8, 1, 0.9, 1e-4, 0.5, 10.0, 0.01))
+        time.sleep(0.6)
         step = StepEvent(
             PHASE, 7, 56, 2, 0.75, 2e-4, 0.25, 12.5, 0.125, 3, 0.64, 0.4, 0.1, 0.05, 0.01, 0.02, 0.375, 2e9
         )
@@ -59,9 +61,41 @@ def test_the_metrics_endpoint_of_a_node_shows_a_run(ray_cluster, tmp_path):
     for name, (field, _) in STEP_GAUGES.items():
         assert found[f"ray_pipeline_{name}"] == pytest.approx(getattr(step, field))
     assert found["ray_pipeline_val_loss"] == 0.5
+    assert found["ray_pipeline_status"] == 0
+    assert found["ray_pipeline_total_steps"] == 20
+    assert 13 / 6 * 0.6 <= found["ray_pipeline_seconds_left"] < 13 / 6 * 6
     assert found["ray_pipeline_checkpoint_seconds"] == 0.25
     assert found["ray_pipeline_skipped_steps_total"] == 3
     assert found["ray_pipeline_faults_total"] == 1
+
+
+def test_a_worker_that_is_killed_at_once_after_its_phase_still_tells_that_it_finished(ray_cluster, tmp_path):
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def train(self, run_dir: str) -> None:
+            with EventLog(run_dir, PHASE, ("ray",)) as log:
+                log.emit(PhaseEvent(PHASE, "started", 0, "started", 20))
+                log.emit(PhaseEvent(PHASE, "finished", 20, "finished"))
+
+    worker = Worker.remote()
+    ray.get(worker.train.remote(str(tmp_path / "finished_run")))
+    ray.kill(worker)  # as Train ends its workers; Ray collects the values every 10 s
+    until, found = time.monotonic() + 60, {}
+    while time.monotonic() < until and not found:
+        time.sleep(0.5)
+        found = scrape("finished_run")
+    assert found == {"ray_pipeline_status": 2, "ray_pipeline_total_steps": 20}
+
+
+def test_a_resume_adds_no_line_to_a_panel():
+    """Ray labels each series with its worker, and a resume has another one."""
+    board = json.loads((MONITORING / "grafana_dashboard.json").read_text())
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            series = len(re.findall(r"ray_pipeline_\w+", target["expr"]))
+            assert len(re.findall(r"(?:sum|max) by \(run, phase\) \(", target["expr"])) == series
 
 
 def test_the_dashboard_asks_for_series_that_there_are():
