@@ -200,10 +200,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         browser = find_chromium()
-        if shutil.which("prometheus") is None:
+        if None in (shutil.which("prometheus"), shutil.which("promtool")):
             raise UserError("prometheus is missing; install it (Debian, as root: apt-get install prometheus)")
         with tempfile.TemporaryDirectory() as folder:
-            problems = drill(Path(folder), browser, arguments.screens)
+            problems = check_made_up_runs() + drill(Path(folder), browser, arguments.screens)
     except UserError as error:
         print(error)
         return 1
@@ -238,6 +238,7 @@ def drill(work: Path, browser: str, screens: Path | None) -> list[str]:
             problems += [f"a page asks for {url[:200]}" for url in seen["requests"]]
             prometheus = Prometheus(f"http://{host}")  # it has seen more of the run by now
             problems += check_series(prometheus, run) + check_values(prometheus, run) + check_rules(prometheus)
+            problems += check_ends(prometheus, run)
             print(f"{time.monotonic() - began:.0f} s: all looked at", flush=True)
     return problems
 
@@ -299,7 +300,7 @@ def check_rules(prometheus: Prometheus) -> list[str]:
     board, problems = json.loads((MONITORING / "grafana_dashboard.json").read_text()), []
     targets = [(panel["title"], target["expr"]) for panel in board["panels"] for target in panel.get("targets", ())]
     for title, expression in targets:
-        if not prometheus.ask("query", query=re.sub(r"\$\w+", ".+", expression))["result"]:
+        if not prometheus.ask("query", query=re.sub(r"\$\w+", ".+", expression.replace("$__range", "1h")))["result"]:
             problems.append(f"the panel {title} has nothing to draw: {expression}")
     rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
     problems += [f"the rule {rule['name']} is {rule['health']}" for rule in rules if rule["health"] != "ok"]
@@ -308,6 +309,25 @@ def check_rules(prometheus: Prometheus) -> list[str]:
     print(f"prometheus: {words}, firing: {', '.join(sorted(firing)) or 'none'}", flush=True)
     problems += [f"the alert {name} does not fire" for name in sorted(EXPECTED_ALERTS - firing)]
     return problems + [f"the alert {name} fires" for name in sorted(firing - EXPECTED_ALERTS)]
+
+
+def check_ends(prometheus: Prometheus, run: SmallRun) -> list[str]:
+    """Prometheus saw that the first phase finished, though its worker was killed at once, and the other goes on."""
+    problems = []
+    for phase, wanted in zip(PHASES, (2.0, 0.0), strict=True):
+        seen = prometheus.scrapes("ray_pipeline_status", run.folder.name, phase)
+        last = seen[max(seen)] if seen else math.nan
+        print(f"prometheus: the last status of {phase} is {last:.0f}", flush=True)
+        problems += [f"the last status of {phase} is {last}, expected {wanted}"] * (last != wanted)
+    return problems
+
+
+def check_made_up_runs() -> list[str]:
+    """The rules say of made-up runs what they should."""
+    command = ["promtool", "test", "rules", str(Path(__file__).with_name("alert_tests.yml"))]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    print(f"promtool: {' '.join(found.stdout.split())}", flush=True)
+    return [f"promtool: {found.stdout}{found.stderr}"] * (found.returncode != 0)
 
 
 def check_state(dashboard: str, token: str, run: SmallRun) -> list[str]:
