@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 import torch
 
-from ray_pipeline.training.device_peak import matmul_rate, peak_flops
+from ray_pipeline.training.device_peak import data_sheet, matmul_rate, peak_flops, peak_memory
 from ray_pipeline.training.step_clock import StepClock
 
 CPU = torch.device("cpu")
@@ -50,6 +51,61 @@ def test_the_peak_of_a_cpu_is_what_matrix_products_reach():
     peak = peak_flops(CPU, "fp32")
     assert 1e8 < peak < 1e14
     assert matmul_rate(CPU, "fp32") < 3 * peak
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16"),
+    [
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.5),
+        ("Tesla V100-SXM2-16GB", 125.0),
+        ("Tesla V100-PCIE-32GB", 112.0),
+        ("Tesla T4", 65.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+    ],
+)
+def test_a_gpu_is_known_by_the_whole_of_its_name(gpu, bf16):
+    assert data_sheet(gpu)[0] == bf16
+
+
+@pytest.mark.parametrize(
+    "gpu",
+    [
+        "NVIDIA T400 4GB",
+        "NVIDIA L400",
+        "NVIDIA GB200X",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ],
+)
+def test_a_gpu_that_only_begins_like_a_known_one_is_measured(gpu):
+    assert data_sheet(gpu) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_is_measured_within_little_memory_and_without_any_it_has_no_peak(monkeypatch):
+    gpu = torch.device("cuda")
+    known = peak_flops(gpu, "bf16")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a new one")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert 0.4 * known < peak_flops(gpu, "bf16") < 1.1 * known
+    assert peak_memory(gpu) - before <= 192 * 2**20
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        assert math.isnan(peak_flops(gpu, "bf16"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_peak_memory_grows_by_what_is_taken():
