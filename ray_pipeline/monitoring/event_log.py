@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 #: events that a slow sink may be behind
 _BEHIND = 1000
-#: how long the end of a phase waits for all sinks together
+#: how long the end of a phase waits for a sink that does not say, all at the same time
 _CLOSE_SECONDS = 10.0
 
 
@@ -66,11 +66,11 @@ class EventLog:
 
     def close(self) -> None:
         """Wait a while for the sinks, and close them; a second call does nothing."""
-        deadline = time.monotonic() + _CLOSE_SECONDS
+        ended = time.monotonic()
         for channel in self._channels:
             channel.end()
         for channel in self._channels:
-            channel.join(deadline - time.monotonic())
+            channel.join(ended)
         if self._file is not None:
             try:
                 self._file.close()
@@ -98,7 +98,7 @@ class _Channel:
     def __init__(self, name: str, make: Callable[[], Sink], trouble: Callable[[str], None]):
         self.name, self._make, self._trouble = name, make, trouble
         self._waiting: Queue[Event | None] = Queue(_BEHIND)
-        self._given_up = False
+        self._given_up, self._close_seconds = False, _CLOSE_SECONDS
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"sink-{name}")
         self._thread.start()
 
@@ -117,15 +117,18 @@ class _Channel:
         except Full:
             self._give_up(f"it is {_BEHIND} events behind at the end of the phase")
 
-    def join(self, seconds: float) -> None:
-        """Wait at most so long for what is left."""
-        self._thread.join(max(0.0, seconds))
+    def join(self, ended: float) -> None:
+        """Wait for what is left, as long as the sink may need since the phase ended."""
+        self._thread.join(max(0.0, ended + self._close_seconds - time.monotonic()))
         if self._thread.is_alive() and not self._given_up:
-            self._give_up(f"{self._waiting.qsize()} event(s) were left when the phase ended")
+            left = max(0, self._waiting.qsize() - 1)  # without the end
+            words = f"{left} event(s) were left" if left else "it was not done"
+            self._give_up(f"{words} {self._close_seconds:g} s after the phase ended")
 
     def _run(self) -> None:
         try:
             sink = self._make()
+            self._close_seconds = getattr(sink, "close_seconds", _CLOSE_SECONDS)
             while (event := self._waiting.get()) is not None and not self._given_up:
                 sink.emit(event)
             sink.close()

@@ -28,7 +28,11 @@ class WandbLog:
     """Sink: curves and pictures under <phase>/, each over its own phase's steps, and the config.
 
     Its history cannot be cut: after a resume the steps since the last checkpoint stand there a second time.
+    What could not be sent by the end of a phase stays in logs/wandb for `wandb sync`.
     """
+
+    #: the upload of pictures and the last curves
+    close_seconds = 120.0
 
     def __init__(self, context: SinkContext):
         import wandb

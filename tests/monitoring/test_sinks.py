@@ -51,6 +51,17 @@ class Slow(Told):
     def emit(self, event):
         time.sleep(3600)
 
+class Uploading(Told):
+    close_seconds = 60
+    def close(self):
+        time.sleep(12)
+        super().close()
+
+class Hanging(Told):
+    close_seconds = 0.5
+    def close(self):
+        time.sleep(3600)
+
 class Broken(Told):
     def emit(self, event):
         raise OSError("the server is gone")
@@ -59,13 +70,15 @@ class Broken(Told):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """A package with three sinks, as pip leaves it on the path."""
+    """A package with five sinks, as pip leaves it on the path."""
     folder = tmp_path / "site"
     info = folder / "told_sinks-1.0.dist-info"
     info.mkdir(parents=True)
     (folder / "told_sinks.py").write_text(PLUGIN)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: told-sinks\nVersion: 1.0\n")
-    points = "".join(f"{name.lower()} = told_sinks:{name}\n" for name in ("Told", "Slow", "Broken"))
+    points = "".join(
+        f"{name.lower()} = told_sinks:{name}\n" for name in ("Told", "Slow", "Uploading", "Hanging", "Broken")
+    )
     (info / "entry_points.txt").write_text(f"[ray_pipeline.sinks]\n{points}")
     monkeypatch.syspath_prepend(str(folder))
 
@@ -235,6 +248,17 @@ def test_a_sink_that_hangs_or_breaks_neither_slows_nor_stops_and_says_so_once(tm
     assert lines.count("closed") == 1
     assert len(lines) == len(list(events(1, 2000))) + 2
     assert len(read_events(tmp_path, PHASE, "step")) == 2000
+
+
+def test_the_end_of_a_phase_waits_as_long_as_a_sink_says_that_it_needs(tmp_path, plugin):
+    log = EventLog(tmp_path, PHASE, ("hanging", "uploading"))
+    log.emit(step_event(1))
+    while not (tmp_path / "told.txt").exists() or (tmp_path / "told.txt").read_text().count("StepEvent") < 2:
+        time.sleep(0.05)
+    log.close()
+    assert (tmp_path / "told.txt").read_text().split("\n")[-2:] == ["closed", ""]
+    (words,) = log.troubles()
+    assert words.endswith("hanging is switched off for this attempt: it was not done 0.5 s after the phase ended")
 
 
 def test_a_config_chooses_sinks_and_unknown_ones_are_refused(plugin):
