@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 #: events that a slow sink may be behind
 _BEHIND = 1000
 #: how long the end of a phase waits for a sink that does not say, all at the same time
-_CLOSE_SECONDS = 10.0
+_CLOSE_SECONDS = 30.0
 
 
 class EventLog:

@@ -1,7 +1,7 @@
 """What takes the events of a run beside its metrics.jsonl.
 
 A sink is made by a function of a SinkContext and has two methods, emit(event) and close(). It lives in a thread of its
-own on rank 0, from where nothing that it does or fails to do reaches the training. The end of a phase waits 10 s for
+own on rank 0, from where nothing that it does or fails to do reaches the training. The end of a phase waits 30 s for
 what it has left to do, or as long as its attribute close_seconds says.
 """
 

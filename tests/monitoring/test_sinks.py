@@ -48,13 +48,14 @@ class Told:
         self.path.open("a").write("closed\\n")
 
 class Slow(Told):
+    close_seconds = 1
     def emit(self, event):
         time.sleep(3600)
 
 class Uploading(Told):
     close_seconds = 60
     def close(self):
-        time.sleep(12)
+        time.sleep(2)
         super().close()
 
 class Hanging(Told):
