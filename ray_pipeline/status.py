@@ -81,20 +81,21 @@ def _losses(progress: phase_state.PhaseProgress) -> list[str]:
     if "untrained_loss" in metrics:
         lines.append(f"  untrained network on its training tiles {metrics['untrained_loss']:.4f} (1 = normalised)")
     if progress.baseline_val_loss is not None and "val_loss" in metrics:
-        ratio = metrics["val_loss"] / progress.baseline_val_loss
-        lines.append(
-            f"  validation loss {metrics['val_loss']:.4f}, at the start {progress.baseline_val_loss:.4f} "
-            f"(ratio {ratio:.3f})"
-        )
+        start = progress.baseline_val_loss
+        ratio = f" (ratio {metrics['val_loss'] / start:.3f})" if start else ""
+        lines.append(f"  validation loss {metrics['val_loss']:.4f}, at the start {start:.4f}{ratio}")
     for gain in (name for name in metrics if name.split("/")[0] == "hint_gain"):
         _, alone, hint = gain.partition("/")
         right, shuffled, error = (
             metrics[f"{name}{alone}{hint}"]
             for name in ("val_loss_right_hints", "val_loss_shuffled_hints", "hint_gain_standard_error")
         )
+        # 0: a hint that is the same in all tiles; nan: a single tile
+        known = math.isfinite(error) and error > 0
+        errors = f" = {metrics[gain] / error:.1f} paired standard errors" if known else ""
         lines.append(
             f"  validation loss with {f'{hint} alone, right' if hint else 'the right hints'} {right:.4f}, shuffled "
-            f"{shuffled:.4f}: gain {metrics[gain]:.4f} = {metrics[gain] / error:.1f} paired standard errors"
+            f"{shuffled:.4f}: gain {metrics[gain]:.4f}{errors}"
         )
     return lines
 
