@@ -14,9 +14,10 @@ class StepEvent:
     """One optimizer step, or the mean over the steps since the last such event; `skipped` of them had no finite loss or
     gradient and changed nothing.
 
-    loss: mean over all ranks. The seconds are those of a step on rank 0: step_seconds all of it but validation and
-    pictures, and its parts. utilisation: floating-point operations of the network over the device's peak. memory_bytes:
-    the most that was allocated on the GPU, or resident on a CPU, so far.
+    loss: mean over all ranks. grad_norm: of the joint gradient before it is clipped. The seconds are those of a step on
+    rank 0: step_seconds all of it but validation and pictures, and its parts. utilisation: floating-point operations of
+    the network over the device's peak. memory_bytes: the most that was allocated on the GPU, or resident on a CPU, so
+    far.
     """
 
     phase: str

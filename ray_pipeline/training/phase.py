@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -221,7 +221,8 @@ class Interval:
         self.since = time.perf_counter()
 
     def report(self, records: PhaseRecords | None) -> None:
-        """Mean loss over the steps of this interval that changed something, its pace, and where the time went."""
+        """Mean loss and gradient norm over the steps of this interval that changed something, its pace, and where the
+        time went."""
         run, count = self.run, len(self.results)
         done = [result for result in self.results if not result.skipped]
         seconds = {name: part / count for name, part in run.clock.take().items()}
@@ -234,9 +235,9 @@ class Interval:
                     step=step,
                     position=step * run.plan.global_batch,
                     epoch=records.epoch(),
-                    loss=math.fsum(result.loss for result in done) / len(done) if done else math.nan,
+                    loss=_mean([result.loss for result in done]),
                     lr=learning_rate(run.config.optimizer, step - 1, run.total_steps, run.phase.lr),
-                    grad_norm=self.results[-1].grad_norm,
+                    grad_norm=_mean([result.grad_norm for result in done]),
                     samples_per_second=run.plan.global_batch / step_seconds,
                     data_wait_seconds=seconds["data_wait"],
                     skipped=count - len(done),
@@ -259,3 +260,8 @@ class Interval:
         if self.peak is None:  # measured now, where it must be: the other ranks wait for this one
             self.peak = peak_flops(run.device, precision(run.config, run.device.type))
         return run.job.sample_flops * run.plan.global_batch / run.world_size / step_seconds / self.peak
+
+
+def _mean(values: Sequence[float]) -> float:
+    """nan where there is none."""
+    return math.fsum(values) / len(values) if values else math.nan
