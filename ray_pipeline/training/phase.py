@@ -117,7 +117,7 @@ def ended_epochs(run: PhaseRun) -> range:
 
 
 def finish_step(run: PhaseRun, records: PhaseRecords | None) -> None:
-    """What follows an update: validation, samples, checkpoint, in this order."""
+    """What follows an update: validation, checkpoint, samples, in this order: no picture can cost a checkpoint."""
     ended = ended_epochs(run)
     if records and snapshot_is_due(run.state.step, run.total_steps, run.config.ema.snapshots):
         records.save_snapshot()
@@ -135,12 +135,12 @@ def finish_step(run: PhaseRun, records: PhaseRecords | None) -> None:
     if every_average:
         records.averages(found, ended[-1])
     last = run.phase.epochs in ended
-    every = run.config.monitoring.sample_every_n_epochs
-    if run.config.monitoring.plot_samples and (last or any(epoch % every == 0 for epoch in ended)):
-        records.draw("samples", lambda: draw_samples(run, records.events, ended[-1]))
     kept = [epoch for epoch in ended if epoch in run.phase.save_epochs]
     if kept or best or last:
         records.save("epoch" if kept else "best" if best else "last", epoch=(kept or list(ended))[-1])
+    every = run.config.monitoring.sample_every_n_epochs
+    if run.config.monitoring.plot_samples and (last or any(epoch % every == 0 for epoch in ended)):
+        records.draw("samples", lambda: draw_samples(run, records.events, ended[-1]))
 
 
 def measure_untrained(run: PhaseRun, records: PhaseRecords | None) -> None:

@@ -94,17 +94,20 @@ def _sample(run: PhaseRun, noise: torch.Tensor, values: dict[str, np.ndarray]) -
     sigma_data, stats = run.config.scheduler.sigma_data, run.train_store.stats
     network = run.state.network.eval()
     parts = []
-    with run.ema_weights(), run.autocast():
-        for start in range(0, len(noise), run.config.train.batch_size):
-            part = slice(start, start + run.config.train.batch_size)
-            conditions = {}
-            if run.hints:
-                chosen = {key: array[part] for key, array in values.items()}
-                hints = stack_hints(chosen, run.hints, stats, sigma_data).to(run.device)
-                conditions["hints"] = network.encode_hints(hints)
-            steps = run.config.monitoring.sample_steps
-            parts.append(sample_euler(run.edm, network, noise[part].to(run.device), steps, **conditions).float().cpu())
-    network.train()
+    try:
+        with run.ema_weights(), run.autocast():
+            for start in range(0, len(noise), run.config.train.batch_size):
+                part = slice(start, start + run.config.train.batch_size)
+                conditions = {}
+                if run.hints:
+                    chosen = {key: array[part] for key, array in values.items()}
+                    hints = stack_hints(chosen, run.hints, stats, sigma_data).to(run.device)
+                    conditions["hints"] = network.encode_hints(hints)
+                steps = run.config.monitoring.sample_steps
+                found = sample_euler(run.edm, network, noise[part].to(run.device), steps, **conditions)
+                parts.append(found.float().cpu())
+    finally:  # a picture may fail, and training goes on
+        network.train()
     return stats.denormalise(torch.cat(parts).numpy(), sigma_data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,10 @@ from ray_pipeline.training.setup import PhaseRun
 from ray_pipeline.training.snapshots import snapshot
 from ray_pipeline.training.validation import Validation, write_tile_losses
 
+logger = logging.getLogger(__name__)
+
+#: characters that are told of an error
+_MOST_WORDS = 300
 #: a run that was superseded learns it within so many seconds, and before every file of a checkpoint
 _SECONDS_BETWEEN_CHECKS = 5.0
 #: after a storage did not answer, it is asked again so much later
@@ -162,11 +167,14 @@ class PhaseRecords:
         self.draw("the losses of the tiles", lambda: write_tile_losses(run, found, epoch))
 
     def draw(self, what: str, action: Callable[[], object]) -> None:
-        """Draw a picture or write a report; a full disk is no reason to stop."""
+        """Draw a picture or write a report; one that fails, for want of memory or whatever else, is a fault and no
+        reason to stop."""
         try:
             action()
-        except OSError as error:
-            self.fault("picture", f"{what} cannot be written: {error}")
+        except Exception as error:
+            logger.warning("%s cannot be made", what, exc_info=True)
+            words = " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_WORDS]
+            self.fault("picture", f"{what} cannot be made: {words}")
 
     def header(self) -> WeightsHeader:
         """What the weights of this step are."""

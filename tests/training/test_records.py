@@ -17,6 +17,8 @@ from ray_pipeline.config import parse_config
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.retention import obsolete_names
+from ray_pipeline.training.phase import finish_step
+from ray_pipeline.training.pictures import draw_samples
 from ray_pipeline.training.records import PhaseRecords
 from ray_pipeline.training.sample_log import SampleLog
 from ray_pipeline.training.setup import Start
@@ -275,3 +277,49 @@ def test_a_sink_that_cannot_be_opened_is_a_fault_of_the_run_and_nothing_more(run
     assert fault["kind"] == "monitoring"
     assert "monitoring by tensorboard is switched off" in fault["message"]
     assert "monitoring by tensorboard" in phase_state.load(records.state_file).history[-1].message
+
+
+def with_pictures(run, autoencoder):
+    """The same run, that draws after every epoch; writes its checkpoints before it goes on."""
+    config = run.config
+    run.config = config.model_copy(
+        update={
+            "vae": config.vae.model_copy(update={"pretrained": str(autoencoder)}),
+            "monitoring": config.monitoring.model_copy(update={"plot_samples": True, "sample_every_n_epochs": 1}),
+            "checkpoint": config.checkpoint.model_copy(update={"background": False}),
+        }
+    )
+    return run
+
+
+def test_a_picture_that_cannot_be_made_costs_no_checkpoint_and_is_a_fault(run, tmp_path):
+    """The autoencoder is gone, which is no OSError."""
+    with_pictures(run, tmp_path / "no_autoencoder")
+    with PhaseRecords(run) as records:
+        for epoch in (1, 2):
+            run.state.step = 4 * epoch
+            finish_step(run, records)
+        assert committed(run)[-1] == 8
+    (fault,) = told(run, "fault")
+    assert fault["kind"] == "picture"
+    assert "samples cannot be made: UserError" in fault["message"]
+    events = [record["event"] for record in read_events(run.config.output_dir, "prior")]
+    assert events.index("checkpoint") < events.index("fault")
+
+
+def test_a_network_whose_sampling_failed_trains_on(run, tiny_autoencoder):
+    with_pictures(run, tiny_autoencoder)
+    network = run.state.network
+
+    def no_memory(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    hook = network.register_forward_pre_hook(no_memory)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with PhaseRecords(run) as records:
+        records.draw("samples", lambda: draw_samples(run, records.events, 1))
+    hook.remove()
+    assert network.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())  # not the averages
+    (fault,) = told(run, "fault")
+    assert "RuntimeError: CUDA out of memory" in fault["message"]
