@@ -67,7 +67,7 @@ class SampleEvent:
 @dataclass(frozen=True)
 class CheckpointEvent:
     """Checkpoint `name` was committed; `kind` says why, `seconds` how long training stood still for it,
-    `write_seconds` how long writing took."""
+    `write_seconds` how long writing took; nan where a kill came before they were written down."""
 
     phase: str
     step: int
@@ -179,7 +179,7 @@ def curves(event: Event) -> dict[str, float]:
             found[f"validation_by_sigma/{event.ema}/{sigma}"] = loss
         return found
     if isinstance(event, CheckpointEvent):
-        return {"checkpoint/seconds": event.seconds}
+        return {"checkpoint/seconds": event.seconds} if math.isfinite(event.seconds) else {}
     return {}
 
 

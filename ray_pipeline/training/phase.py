@@ -68,7 +68,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
             measure_untrained(run, records)
         warm_up(run)
         trace_step = stack.enter_context(profiled(run))
-        interval, skipped = Interval(run), SkippedSteps(run)
+        interval, skipped = Interval(run, records), SkippedSteps(run)
         while run.state.step < run.end_step:
             taken = interval.next(inputs)
             result = train_step(run, taken, watch)
@@ -85,7 +85,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
                     return trouble
             if run.state.step % run.config.monitoring.log_every_n_steps == 0 or run.state.step == run.end_step:
                 with run.clock.part("logging"):
-                    interval.report(records)
+                    interval.report()
             finish_step(run, records)
             if records and run.job.judged and run.state.step < run.end_step and has_tile_losses(run):
                 watch.await_verdict(run.state.step)
@@ -198,13 +198,19 @@ def hint_metrics(run: PhaseRun, hints: tuple[str, ...]) -> dict[str, float]:
 
 @dataclass
 class Interval:
-    """Steps since the last report."""
+    """Steps since the last report, which `records`, on rank 0, gets. Every checkpoint ends one, so that a run which
+    goes on from there has each step in exactly one record."""
 
     run: PhaseRun
+    records: PhaseRecords | None
     results: list[StepResult] = field(default_factory=list)
     seconds: float = 0.0
     since: float = field(default_factory=time.perf_counter)
     peak: float | None = None
+
+    def __post_init__(self):
+        if self.records:
+            self.records.before_save = self.report
 
     def next(self, inputs: Iterator[StepInput]) -> StepInput:
         """The next step's input."""
@@ -220,10 +226,12 @@ class Interval:
         """Leave out what was spent on validation and pictures; logging and saving have clocks of their own."""
         self.since = time.perf_counter()
 
-    def report(self, records: PhaseRecords | None) -> None:
+    def report(self) -> None:
         """Mean loss and gradient norm over the steps of this interval that changed something, its pace, and where the
-        time went."""
-        run, count = self.run, len(self.results)
+        time went; nothing where there was no step."""
+        run, records, count = self.run, self.records, len(self.results)
+        if not count:
+            return
         done = [result for result in self.results if not result.skipped]
         seconds = {name: part / count for name, part in run.clock.take().items()}
         step_seconds = max(self.seconds / count + seconds["logging"] + seconds["saving"], 1e-9)

@@ -9,23 +9,21 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 
-import torch
-
 from ray_pipeline.data.hint_registry import resolve_hints
 from ray_pipeline.models.weights import LatentsHeader, WeightsHeader
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.event_log import EventLog
 from ray_pipeline.monitoring.events import CheckpointEvent, FaultEvent, PhaseEvent, ValidationEvent
+from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.sinks import chosen_sinks
 from ray_pipeline.retention import best_of
 from ray_pipeline.run_copy import guard, run_path
 from ray_pipeline.run_state import mend_state
 from ray_pipeline.storage import StorageError
-from ray_pipeline.training.build import precision
 from ray_pipeline.training.commits import PATIENCE_SECONDS, Commits
 from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
 from ray_pipeline.training.saving import Save
-from ray_pipeline.training.setup import PhaseRun
+from ray_pipeline.training.setup import PhaseRun, resources
 from ray_pipeline.training.snapshots import snapshot
 from ray_pipeline.training.validation import Validation, write_tile_losses
 
@@ -57,6 +55,8 @@ class PhaseRecords:
             resume_step=run.state.step or -1,  # a start at 0 makes its step-0 records again
         )
         self.commits = Commits(run, self.fault, self._committed)
+        #: tells the steps up to this one, which a checkpoint is to be made of
+        self.before_save: Callable[[], None] = lambda: None
         self.said: set[str] = set()
         self.checked_at = time.monotonic()
         self._stack = ExitStack()
@@ -77,6 +77,7 @@ class PhaseRecords:
         message = f"{word} at step {run.state.step} of {run.total_steps} on {run.world_size} worker(s)"
         self.events.emit(PhaseEvent(run.phase.name, word, run.state.step, message, run.total_steps))
         self.state.record(word, f"{run.phase.name}: {message}, attempt {run.start.attempt}")
+        self._tell_untold_commits()
         for words in run.start.passed_over:
             self.fault("checkpoint", words)
         self._write()
@@ -192,7 +193,9 @@ class PhaseRecords:
         )
 
     def save(self, kind: str, epoch: int | None = None) -> None:
-        """Have a checkpoint of this step written."""
+        """Have a checkpoint of this step written; the records reach up to it."""
+        with self.run.clock.part("logging"):
+            self.before_save()
         with self.run.clock.part("saving"):
             header = self.header()
             self.commits.save(self._state(kind, header), header.metadata(), epoch)
@@ -249,23 +252,37 @@ class PhaseRecords:
         }
 
     def _committed(self, save: Save, stood_still: float, seconds: float) -> None:
-        state = save.state
+        self._tell_commit(save.name, save.state, stood_still, seconds)
+        if self.tell:
+            self.tell(save.state["step"], save.name)
+        self._note_checkpoints()
+        self._write()
+
+    def _tell_commit(self, name: str, state: Mapping, stood_still: float, seconds: float) -> None:
         self.events.emit(
             CheckpointEvent(
                 phase=state["phase"],
                 step=state["step"],
                 epoch=state["epoch"],
-                name=save.name,
+                name=name,
                 kind=state["kind"],
                 seconds=stood_still,
                 write_seconds=seconds,
             )
         )
-        self.state.record("checkpoint", f"{save.name} ({state['kind']})")
-        if self.tell:
-            self.tell(state["step"], save.name)
-        self._note_checkpoints()
-        self._write()
+        self.state.record("checkpoint", f"{name} ({state['kind']})")
+
+    def _tell_untold_commits(self) -> None:
+        """Those that a kill came too soon after; how long they took is not known."""
+        try:
+            records = read_events(run_path(self.run.config.output_dir), self.run.phase.name, "checkpoint")
+        except OSError as error:
+            self.fault("monitoring", f"earlier records cannot be read: {error}")
+            return
+        told = {(record["name"], record["step"]) for record in records}
+        for name, state in self.commits.committed().items():
+            if (name, state["step"]) not in told:
+                self._tell_commit(name, state, math.nan, math.nan)
 
     def _note_checkpoints(self) -> None:
         progress, states = self.progress, self.commits.committed()
@@ -292,16 +309,3 @@ class PhaseRecords:
             if message not in self.said:
                 self.said.add(message)
                 self.events.emit(FaultEvent(run.phase.name, run.state.step, "state", message))
-
-
-def resources(run: PhaseRun) -> dict[str, str]:
-    """What a phase trains with, by name, for people."""
-    gpu = run.device.type == "cuda"
-    return {
-        "workers": str(run.world_size),
-        "device": torch.cuda.get_device_name(run.device) if gpu else "CPU",
-        "threads a worker": str(torch.get_num_threads()),
-        "precision": precision(run.config, run.device.type),
-        "global batch": str(run.plan.global_batch),
-        "training tiles": str(len(run.train_store)),
-    }

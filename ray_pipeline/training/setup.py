@@ -227,6 +227,19 @@ def open_phase(data: PhaseData) -> PhaseRun:
     return PhaseRun(**vars(data), edm=edm, state=state, model=_parallel(loss, data.device, data.world_size))
 
 
+def resources(run: PhaseRun) -> dict[str, str]:
+    """What a phase trains with, by name, for people."""
+    gpu = run.device.type == "cuda"
+    return {
+        "workers": str(run.world_size),
+        "device": torch.cuda.get_device_name(run.device) if gpu else "CPU",
+        "threads a worker": str(torch.get_num_threads()),
+        "precision": precision(run.config, run.device.type),
+        "global batch": str(run.plan.global_batch),
+        "training tiles": str(len(run.train_store)),
+    }
+
+
 def stream_settings(data: PhaseData) -> StreamSettings:
     """What this rank streams in training."""
     return StreamSettings(

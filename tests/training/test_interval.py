@@ -1,12 +1,14 @@
 """What a record says of the steps since the one before it."""
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from phase_runs import make_phase_run
 
 from ray_pipeline.config import parse_config
+from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.training.phase import Interval
 from ray_pipeline.training.records import PhaseRecords
@@ -29,7 +31,7 @@ def run(tmp_path, write_latents):
         "model": MODEL,
         "data": {"tile_size": 64},
         "train": {"batch_size": 4, "global_batch": 4, "precision": "fp32"},
-        "monitoring": {"tensorboard": False},
+        "monitoring": {"tensorboard": False, "log_every_n_steps": 10},
         "checkpoint": {"every_minutes": None},
         "output_dir": str(tmp_path / "run"),
     })  # fmt: skip
@@ -42,16 +44,69 @@ def run(tmp_path, write_latents):
 
 def test_a_record_has_the_means_over_the_steps_that_changed_something(run):
     with PhaseRecords(run) as records:
-        interval = Interval(run)
+        interval = Interval(run, records)
         for result in (StepResult(1.0, 0.5, skipped=False), StepResult(2.0, 2.5, skipped=False), NOT_FINITE):
             run.state.step += 1
             interval.add(result)
-        interval.report(records)
+        interval.report()
         run.state.step += 1
         interval.add(NOT_FINITE)
-        interval.report(records)
+        interval.report()
     first, second = read_events(run.config.output_dir, "prior", "step")
     assert (first["loss"], first["grad_norm"], first["skipped"]) == (1.5, 1.5, 1)
     assert math.isnan(second["loss"])
     assert math.isnan(second["grad_norm"])
     assert second["skipped"] == 1
+
+
+def result_of(step):
+    return NOT_FINITE if step in (12, 17) else StepResult(1 / step, step / 8)
+
+
+def go_on(run, records, until):
+    """Do the steps up to this one, with the records that the loop of a phase makes on its own account."""
+    interval = Interval(run, records)
+    while run.state.step < until:
+        run.state.step += 1
+        interval.add(result_of(run.state.step))
+        if run.state.step % run.config.monitoring.log_every_n_steps == 0:
+            interval.report()
+
+
+def test_the_records_of_a_run_that_was_killed_and_stopped_have_each_step_in_exactly_one_mean(run):
+    with suppress(KeyboardInterrupt), PhaseRecords(run) as records:
+        go_on(run, records, 13)
+        records.save("safety")
+        assert records.commits.saver.drain(60)
+        go_on(run, records, 24)
+        raise KeyboardInterrupt  # the kill
+    run.state.step = 13
+    with PhaseRecords(run) as records:
+        go_on(run, records, 18)
+        records.stop("SIGTERM")
+    with PhaseRecords(run) as records:
+        go_on(run, records, 30)
+    told = read_events(run.config.output_dir, "prior", "step")
+    assert [record["step"] for record in told] == [10, 13, 18, 20, 30]
+    for before, record in zip([0, *(record["step"] for record in told)], told, strict=False):
+        done = [one for one in map(result_of, range(before + 1, record["step"] + 1)) if not one.skipped]
+        assert record["loss"] == pytest.approx(np.mean([one.loss for one in done]))
+        assert record["grad_norm"] == pytest.approx(np.mean([one.grad_norm for one in done]))
+        assert record["skipped"] == record["step"] - before - len(done)
+
+
+def test_a_commit_that_a_kill_came_too_soon_after_is_told_once_by_the_next_attempt(run):
+    run.state.step = 4
+    with suppress(KeyboardInterrupt), PhaseRecords(run) as records:
+        records.save("best", epoch=1)
+        assert records.commits.saver.drain(60)
+        raise KeyboardInterrupt  # the kill
+    assert not read_events(run.config.output_dir, "prior", "checkpoint")
+    for _ in range(2):
+        with PhaseRecords(run):
+            pass
+        (told,) = read_events(run.config.output_dir, "prior", "checkpoint")
+        assert (told["name"], told["kind"], told["step"], told["epoch"]) == ("prior_epoch_001.ckpt", "best", 4, 1)
+        assert math.isnan(told["seconds"])
+        history = phase_state.load(records.state_file).history
+        assert [entry.message for entry in history if entry.event == "checkpoint"] == ["prior_epoch_001.ckpt (best)"]
