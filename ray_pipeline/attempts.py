@@ -30,6 +30,8 @@ _NAME = re.compile(r"attempt_(\d{6,})\.json")
 class Superseded(UserError):
     """Another attempt at the run has begun."""
 
+    superseded = True
+
 
 class AttemptRecord(BaseModel):
     """One start of a phase on `world_size` workers.

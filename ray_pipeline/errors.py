@@ -5,10 +5,12 @@ class UserError(ValueError):
     """Wrong input: the message names the file or key, what was found, what was expected and what to do.
 
     The command line prints it as one sentence and exits non-zero; any other exception is a defect of ours
-    and keeps its traceback. passing: it may be over when the same is tried again.
+    and keeps its traceback. passing: it may be over when the same is tried again. superseded: somebody else goes on
+    with the run.
     """
 
     passing = False
+    superseded = False
 
 
 class RunStopped(Exception):
@@ -36,7 +38,7 @@ def find_user_error(error: BaseException) -> UserError | None:
         seen[id(found)] = found
         if isinstance(found, UserError):
             error = UserError(str(found))
-            error.passing = found.passing
+            error.passing, error.superseded = found.passing, found.superseded
             return error
         pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]
         pending.append(getattr(found, "controller_failure", None))

@@ -18,6 +18,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.job_paths import check_paths_under_job
 from ray_pipeline.models.autoencoder import load_autoencoder
 from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.ending import ending_noted
 from ray_pipeline.monitoring.environment import environment
 from ray_pipeline.monitoring.live_report import LiveReport
 from ray_pipeline.monitoring.sinks import chosen_sinks
@@ -89,7 +90,11 @@ def _train(
     check_room(config, samples)
     start.accept(prepared.fingerprint.store)
     note_plan(config, samples)
-    with LiveReport(config), ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
+    with (
+        LiveReport(config),
+        ending_noted(config),
+        ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose),
+    ):
         check_resources(config)
         _find_nodes(config, prepared)
         if config.sweep.enabled and read_winner(config.output_dir) is None:
@@ -150,7 +155,11 @@ def _sweep(config: Config, resume: bool, verbose: bool, say: Callable[[str], Non
     prepared = look(config)
     check_room(config, check_phases(config, prepared))
     start.accept(prepared.fingerprint.store)
-    with LiveReport(config), ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose):
+    with (
+        LiveReport(config),
+        ending_noted(config),
+        ray_session(config.ray, more_cpus=stream_cpus(config), verbose=verbose),
+    ):
         _find_nodes(config, prepared)
         encode(config, prepared)
         config = search(config, prepared.job.store, _first_weights(config), say)
@@ -194,7 +203,7 @@ def note_plan(config: Config, samples: list[int]) -> None:
     for phase, count in zip(config.phases, samples, strict=True):
         progress = state.phase(phase.name)
         progress.sample_flops = estimate.sample_flops(config, phase)
-        if progress.status == "pending":
+        if not progress.has_begun():
             progress.steps = estimate.estimate_phase(config, phase, count).steps
             progress.epochs = phase.epochs
     state.run["environment"] = environment()

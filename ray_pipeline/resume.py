@@ -72,6 +72,9 @@ class Start:
         state.run["latents"] = fingerprint
         # a phase has its place before it begins: who follows the run looks for it
         state.phases = {phase.name: state.phase(phase.name) for phase in self.config.phases} | state.phases
+        for progress in state.phases.values():
+            if progress.status in ("stopped", "failed"):
+                progress.status = "starting"
         state.save(run_path(self.config.output_dir, phase_state.FILE))
         self.write_config()
 
@@ -97,7 +100,7 @@ def open_run(config: Config, *, resume: bool, allow: Sequence[str] = ()) -> Star
     state, checkpoints = read_state(config).state, committed(config)
     begun = bool(
         checkpoints
-        or any(progress.status != "pending" for progress in state.phases.values())
+        or any(progress.has_begun() for progress in state.phases.values())
         or Folder(config.checkpoint_store).child(attempts.FOLDER).names()
     )
     if not resume:

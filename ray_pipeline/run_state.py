@@ -118,8 +118,8 @@ def mend_state(config: Config) -> PhaseState:
 def rebuild(config: Config) -> PhaseState:
     """The state that checkpoints and logs/metrics.jsonl tell of.
 
-    A phase is finished when its record of that is of the newest checkpoint's step, else running: a resume opens it
-    again at that step. Only metrics taken after the last checkpoint are lost (the gains by hints).
+    A phase is finished or stopped when its record of that is of the newest checkpoint's step, else running: a resume
+    opens it again at that step. Only metrics taken after the last checkpoint are lost (the gains by hints).
     """
     states = _states(CheckpointStore(config.checkpoint_store))
     events = [
@@ -144,11 +144,11 @@ def _progress(phase: str, states: Mapping[str, Mapping], told: list[Mapping]) ->
         return PhaseProgress(status="running" if told else "pending")
     *_, newest = states.values()
     last = told[-1] if told else {}
-    finished = last.get("status") == "finished" and last["step"] == newest["step"]
+    ended = last.get("status") in ("finished", "stopped") and last["step"] == newest["step"]
     epochs = {entry["name"]: entry["epochs"] for entry in newest.get("config", {}).get("phases", ())}
     val_loss = newest.get("val_loss")
     return PhaseProgress(
-        status="finished" if finished else "running",
+        status=last["status"] if ended else "running",
         step=newest["step"],
         position=newest["position"],
         epoch=newest["epoch"],

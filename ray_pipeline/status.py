@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 from ray_pipeline.monitoring import phase_state
@@ -49,13 +50,14 @@ def _describe(run: Run) -> str:
 
 def watch_run(run_dir: str | Path, seconds: float) -> Iterator[str]:
     """`describe_run` every so many seconds, until no phase or sweep can go on by itself: all are finished, or the run
-    was stopped."""
+    was stopped or has failed."""
     while True:
         with reading_copy(run_dir):
             run = read_run(run_dir)
             yield _describe(run)
         found = [run.state.phases.get(phase.name, phase_state.PhaseProgress()) for phase in run.config.phases]
-        if all(progress.status == "finished" for progress in found) or any(p.status == "stopped" for p in found):
+        ended = any(progress.status in ("stopped", "failed") for progress in found)
+        if ended or all(progress.status == "finished" for progress in found):
             return
         time.sleep(seconds)
 
@@ -107,9 +109,10 @@ def _pace(run: Run) -> list[str]:
     if not steps:
         return []
     last, left = steps[-1], time_left(run.state, records, [phase.name for phase in run.config.phases])
+    age = time.time() - datetime.fromisoformat(last["time"]).timestamp()
     lines = [
         f"  {last['samples_per_second']:.3g} samples/s, {format_seconds(left.phase)} left in this phase, "
-        f"{format_seconds(left.run)} in all; last record {last['time']}"
+        f"{format_seconds(left.run)} in all; last record {last['time']}, {format_seconds(age)} ago"
     ]
     parts = {name: last.get(f"{key}_seconds", math.nan) for name, key in STEP_PARTS.items()}
     if math.isfinite(last.get("step_seconds", math.nan)):

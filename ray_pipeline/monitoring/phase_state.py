@@ -39,9 +39,12 @@ class BestCheckpoint(_Record):
 
 class PhaseProgress(_Record):
     """One phase: `step` of `steps` optimizer steps, `position` in samples, `epoch` of `epochs` (from 1); sample_flops:
-    floating-point operations of one trained sample."""
+    floating-point operations of one trained sample.
 
-    status: Literal["pending", "running", "stopped", "finished"] = "pending"
+    starting: a command goes on with a phase that was stopped or had failed, and its workers do not train yet.
+    """
+
+    status: Literal["pending", "starting", "running", "stopped", "failed", "finished"] = "pending"
     step: int = 0
     position: int = 0
     epoch: int = 0
@@ -54,6 +57,10 @@ class PhaseProgress(_Record):
     checkpoints: list[str] = Field(default_factory=list)
     baseline_val_loss: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+
+    def has_begun(self) -> bool:
+        """Whether it was ever trained: a start may end before that."""
+        return self.attempt > 0 or self.step > 0 or self.status in ("running", "finished")
 
     def is_done(self, epochs: int) -> bool:
         """Whether nothing of a phase of `epochs` is left to train: it is finished, and was not given more since."""

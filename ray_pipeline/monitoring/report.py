@@ -28,6 +28,8 @@ FILE, TEMPLATE = "report.html", "report.html.j2"
 CHECKPOINTS, FAULTS, HISTORY = 20, 50, 100
 _WHOLE = {"event", "time", "phase"}
 _ENDED = ("finished", "stopped", "failed")
+# so many times the validation loss at the start, and training has diverged
+_DIVERGED = 5.0
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,22 @@ def _headline(run: _Run) -> tuple[str, str]:
         return "stopped", f"Training stands still: {place}. `train --resume` goes on from there."
     if progress.status == "pending":
         return "starting", "Nothing is trained yet."
+    if progress.status == "starting":
+        return "starting", f"Training is about to go on: {place}."
+    if progress.status == "failed":
+        told = [record["message"] for record in run.events("fault", phase) if record["kind"] == "failed"]
+        _, _, error = told[-1].strip().rpartition("\n") if told else ("", "", "")
+        why = f": {error.rstrip('.')}" if error else ""
+        return "failed", f"Training has failed at {place}{why}. `train --resume` goes on from the last checkpoint."
     recent = _since_start_or_checkpoint(record for record in reversed(run.records) if record["phase"] == phase)
     faults = [record for record in recent if record["event"] == "fault"]
     losses = [record["loss"] for record in recent if record["event"] == "step"]
     if losses and not math.isfinite(losses[0]):
         return "faults", f"The newest training loss is not finite: {place}."
+    start = progress.baseline_val_loss
+    if losses and start and losses[0] > _DIVERGED * start:
+        words = f"{_number(losses[0])}, and that of the validation was {_number(start)} at the start"
+        return "faults", f"Training diverges: {place}. The newest training loss is {words}."
     if faults:
         trouble = f"{faults[0]['kind']}, {faults[0]['message']}"
         return "faults", f"Training goes on ({place}), but since the last checkpoint: {trouble}."
@@ -200,7 +213,9 @@ def _facts(run: _Run, kind: str, newest: Mapping[str, Any], faults: int) -> list
         ("Epoch", str(progress.epoch), f"of {progress.epochs}" if progress.epochs else ""),
     ]
     if kind != "finished":
-        facts.append(("Time left, this phase", _left(left.phase), "once it goes on" if kind == "stopped" else ""))
+        facts.append(
+            ("Time left, this phase", _left(left.phase), "once it goes on" if kind in ("stopped", "failed") else "")
+        )
         facts.append(("Time left, all phases", _left(left.run), ""))
     if newest:
         facts.append(("Training loss", _number(newest["loss"]), f"step {newest['step']:,}"))

@@ -22,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from ray_pipeline.config import Config
 from ray_pipeline.errors import RunStopped, UserError, find_user_error
+from ray_pipeline.monitoring.ending import ending_noted
 from ray_pipeline.monitoring.follow import Follower
 from ray_pipeline.run_copy import refresh
 from ray_pipeline.storage import Folder
@@ -67,7 +68,8 @@ def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None
     phase = config.phases[job.phase]
     board = board or open_board(phase.name)
     committed = None
-    with Follower(config, phase.name, progress=show, report=show and config.monitoring.report):
+    follower = Follower(config, phase.name, progress=show, report=show and config.monitoring.report)
+    with follower, ending_noted(config, phase.name):  # the follower's last picture shows how it ended
         while True:
             attendance = Attendance(config, board)
             refresh(config.output_dir)  # what this process wrote is there for the workers, and theirs for what follows

@@ -69,6 +69,7 @@ class PhaseRecords:
         progress.baseline_val_loss = before.get("baseline_val_loss")
         progress.metrics = dict(before.get("metrics", {}))
         self._note_checkpoints()
+        lost = progress.model_copy() if progress.status == "running" else None
         progress.status, progress.attempt = "running", run.start.attempt
         progress.steps, progress.epochs = run.total_steps, run.phase.epochs
         self.state.current_phase = run.phase.name
@@ -78,6 +79,9 @@ class PhaseRecords:
         self.events.emit(PhaseEvent(run.phase.name, word, run.state.step, message, run.total_steps))
         self.state.record(word, f"{run.phase.name}: {message}, attempt {run.start.attempt}")
         self._tell_untold_commits()
+        if lost:
+            ended = f"attempt {lost.attempt} ended without a word after step {lost.step}"
+            self.fault("restart", f"{ended}, this one goes on from step {run.state.step}")
         for words in run.start.passed_over:
             self.fault("checkpoint", words)
         self._write()
@@ -132,6 +136,7 @@ class PhaseRecords:
         known |= set(range(trouble.first, trouble.last + 1))
         self.commits.wait(PATIENCE_SECONDS)
         attempt.update(skipped=tuple(sorted(known)), valid_until=trouble.first - 1)
+        self.progress.status = "starting"  # anew, from the checkpoint before them
         self.fault(
             "rollback",
             f"too many steps without a finite loss or gradient: back to the last checkpoint before step "

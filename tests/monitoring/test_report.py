@@ -158,6 +158,8 @@ def test_text_of_files_is_never_markup(tmp_path):
         ("pending", "starting", "Nothing is trained yet"),
         ("running", "healthy", "phase1, step 0 of 10"),
         ("stopped", "stopped", "train --resume"),
+        ("starting", "starting", "is about to go on: phase1"),
+        ("failed", "failed", "Training has failed at phase1, step 0 of 10"),
     ],
 )
 def test_state_is_said_at_a_glance(tmp_path, status, kind, words):
@@ -166,6 +168,20 @@ def test_state_is_said_at_a_glance(tmp_path, status, kind, words):
     assert f"{kind} " in page.words("header")
     assert words in page.words("header")
     assert any(box.get("id") == "refresh" for box in page.all("input"))
+
+
+def test_a_run_that_failed_says_why(tmp_path):
+    words = "RuntimeError: training stopped: rank 0: Traceback:\n  in step\nOutOfMemoryError: CUDA out of memory"
+    run_dir, _ = make_run(tmp_path / "run", "failed", losses=(0.9,), faults=[(1, "failed", words)])
+    assert "step 1 of 10: OutOfMemoryError: CUDA out of memory" in report(run_dir).words("header")
+
+
+@pytest.mark.parametrize(("newest", "kind"), [(1.2, "healthy"), (1e10, "faults"), (1e50, "faults")])
+def test_a_loss_far_above_that_of_the_start_is_no_health(tmp_path, newest, kind):
+    run_dir, _ = make_run(tmp_path / "run", losses=(0.9, newest))
+    with EventLog(run_dir, "phase1") as log:
+        log.emit(StepEvent("phase1", 3, 24, 3, newest, 1e-4, 2.5, 61.75, 0.25))
+    assert f"{kind} Training" in report(run_dir).words("header")
 
 
 def test_a_finished_run_needs_no_refresh(tmp_path):

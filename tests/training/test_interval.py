@@ -110,3 +110,17 @@ def test_a_commit_that_a_kill_came_too_soon_after_is_told_once_by_the_next_attem
         assert math.isnan(told["seconds"])
         history = phase_state.load(records.state_file).history
         assert [entry.message for entry in history if entry.event == "checkpoint"] == ["prior_epoch_001.ckpt (best)"]
+
+
+def test_an_attempt_that_ended_without_a_word_is_a_fault_of_the_run_and_one_that_was_stopped_is_none(run):
+    with suppress(KeyboardInterrupt), PhaseRecords(run) as records:
+        go_on(run, records, 20)
+        raise KeyboardInterrupt  # the kill
+    run.state.step = 13
+    with PhaseRecords(run) as records:
+        records.stop("SIGTERM")
+    with PhaseRecords(run):
+        pass
+    (fault,) = read_events(run.config.output_dir, "prior", "fault")
+    assert (fault["kind"], fault["step"]) == ("restart", 13)
+    assert fault["message"] == "attempt 1 ended without a word after step 20, this one goes on from step 13"
