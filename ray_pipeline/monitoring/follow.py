@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from ray_pipeline.config import Config
@@ -27,6 +28,7 @@ _POLL_SECONDS = 0.5
 #: between two drawings at least; and so many times as long as one takes, so that all of them take at most 1 %
 _PAUSE_SECONDS, _PAUSE_FACTOR = 20.0, 100
 _LEAST_PRIORITY = 19
+_BEGUN = ("started", "resumed")
 
 
 class Follower:
@@ -36,11 +38,14 @@ class Follower:
     def __init__(self, config: Config, phase: str, *, progress: bool, report: bool):
         self.config, self.phase, self.show, self.report = config, phase, progress, report
         self.run_dir = run_path(config.output_dir)
-        self.read = {path: path.stat().st_size for path in metrics_files(self.run_dir)}  # bytes of each file
         self.progress: Progress | None = None
+        self.read: dict[Path, tuple[int, int]] = {}  # of each file its inode, and how many bytes
+        self._begin: bytes | None = None  # the newest line that an attempt has begun with
+        self._began: dict | None = None  # and its record, once it was taken
         self.changed, self.due_at = False, time.monotonic() + _PAUSE_SECONDS
         self._failed: set[str] = set()
         self._ended = threading.Event()
+        self._guard("the records of the run cannot be read", lambda: list(self._new_lines()))  # what was before
         self._thread = threading.Thread(target=self._run, daemon=True, name="follower")
 
     def __enter__(self) -> Follower:
@@ -57,50 +62,68 @@ class Follower:
         ended = False
         while not ended:
             ended = self._ended.wait(_POLL_SECONDS)
-            for record in self._new_records():
-                self._take(record)
+            self._guard("the records of the run cannot be read", self._take_new)
             if self.changed and (ended or time.monotonic() >= self.due_at):
                 self._draw()
         if self.progress is not None:
             self.progress.close()
 
-    def _new_records(self) -> list[dict]:
-        """Of this phase, whole lines that were appended since the last call."""
-        # None where a resume has cut away the beginning of a line
-        lines = [line for path in metrics_files(self.run_dir) for line in self._new_lines(path)]
-        records = [record for line in lines if (record := parse_line(line)) is not None]
-        ours = [record for record in records if record.get("phase") == self.phase]
-        return [restore_floats(record) for record in ours if record["event"] in EVENT_NAMES.values()]
+    def _take_new(self) -> None:
+        for line in self._new_lines():
+            record = parse_line(line)  # None where a resume has cut away the beginning of a line
+            if record is not None and record.get("phase") == self.phase and record.get("event") in EVENT_NAMES.values():
+                self._guard("a record cannot be read", partial(self._take, record))
 
-    def _new_lines(self, path: Path) -> list[bytes]:
-        # a resume cuts the file, so it may have become shorter than what was read
-        begin = min(self.read.get(path, 0), path.stat().st_size)
-        with path.open("rb") as file:
-            file.seek(begin)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.read[path] = begin + len(whole)
-        return whole.splitlines()
+    def _new_lines(self) -> Iterator[bytes]:
+        """Whole lines that were appended since the last call."""
+        for path in metrics_files(self.run_dir):
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                inode, size = self.read.get(path, (about.st_ino, 0))
+                known = min(size, about.st_size)  # a resume cuts the file
+                replaced = inode != about.st_ino
+                skipped = 0 if replaced else known
+                file.seek(skipped)
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self.read[path] = about.st_ino, skipped + len(whole)
+            begin = self._last_begin(whole)
+            if replaced:  # grown again since, it tells of an attempt that is new; all before that is known
+                whole = whole[known if begin in (None, self._begin) else whole.rfind(begin) :]
+            self._begin = begin or self._begin
+            yield from whole.splitlines()
+
+    def _last_begin(self, lines: bytes) -> bytes | None:
+        """The last line that says that an attempt at this phase has begun."""
+        for line in reversed(lines.splitlines()):
+            record = parse_line(line) if b'"event": "phase"' in line else None
+            if record and record.get("phase") == self.phase and record.get("status") in _BEGUN:
+                return line
+        return None
 
     def _take(self, record: dict) -> None:
+        restore_floats(record)
         self.changed = True
+        if record["event"] == "phase" and record["status"] in _BEGUN:
+            self._began = self._began or record
         if self.show:
-            self._advance(record)
+            self._guard("the line of progress cannot be shown", partial(self._advance, record))
         if record["event"] == "checkpoint" and record["kind"] == "epoch":
-            self._guard("the chart of a step", lambda: self._draw_chart(record["step"]))
+            self._guard("the chart of a step cannot be drawn", lambda: self._draw_chart(record["step"]))
 
     def _advance(self, record: dict) -> None:
         """The progress line."""
-        told = datetime.fromisoformat(record["time"]).timestamp()  # records of another node may come some at a time
-        if record["event"] == "phase" and self.progress is None:
+        # their own times: records of another node may come some at a time
+        told, began = (datetime.fromisoformat(one["time"]).timestamp() for one in (record, self._began or record))
+        if self._began is not None and self.progress is None:
             state = self._state()
             self.progress = Progress(
                 state.phase(self.phase).steps,
                 self.phase,
-                start=record["step"],
+                start=self._began["step"],
                 samples_per_unit=self.config.train.global_batch,
                 clock=time.time,
-                began=told,
+                began=began,
                 later_units=state.later_steps(self.phase, [phase.name for phase in self.config.phases]),
             )
         if self.progress is None:
@@ -112,9 +135,9 @@ class Follower:
 
     def _draw(self) -> None:
         started, self.changed = time.monotonic(), False
-        self._guard("the chart", lambda: self._draw_chart(None))
+        self._guard("the chart cannot be drawn", lambda: self._draw_chart(None))
         if self.report:
-            self._guard("report.html", self._write_report)
+            self._guard("report.html cannot be drawn", self._write_report)
         taken = time.monotonic() - started
         self.due_at = time.monotonic() + max(_PAUSE_SECONDS, _PAUSE_FACTOR * taken)
 
@@ -156,7 +179,7 @@ class Follower:
     def _guard(self, what: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # no picture is worth a run
+        except Exception as error:  # no picture is worth a run; the next one may succeed
             if what not in self._failed:
                 self._failed.add(what)
-                warnings.warn(f"{what} cannot be drawn: {type(error).__name__}: {error}", stacklevel=2)
+                warnings.warn(f"{what}: {type(error).__name__}: {error}", stacklevel=2)

@@ -1,7 +1,10 @@
 """Pictures and the progress line beside a phase, from the records that it writes."""
 
 import io
+import os
+import time
 import warnings
+from contextlib import contextmanager
 
 import pytest
 
@@ -56,6 +59,69 @@ def test_a_picture_that_cannot_be_written_is_told_once_and_nothing_else(config, 
         with Follower(config, PHASE, progress=False, report=False):
             train(tmp_path, 1, 5)
     assert len([warning for warning in told if "the chart cannot be drawn" in str(warning.message)]) == 1
+
+
+def wait_for_warning(told, words):
+    until = time.monotonic() + 60
+    while not any(words in str(warning.message) for warning in told):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@contextmanager
+def unreadable(path):
+    """Within, a folder stands where a file was."""
+    aside = path.with_suffix(".aside")
+    os.replace(path, aside)
+    path.mkdir()
+    yield
+    path.rmdir()
+    os.replace(aside, path)
+
+
+def test_records_that_cannot_be_read_for_a_while_are_followed_afterwards(config, tmp_path):
+    train(tmp_path, 1, 1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with Follower(config, PHASE, progress=False, report=True):
+            with unreadable(tmp_path / "logs" / "metrics.jsonl"):
+                wait_for_warning(told, "the records of the run cannot be read")
+            train(tmp_path, 2, 20)
+    assert len(told) == 1
+    names = {path.name for path in (tmp_path / "plots" / PHASE).iterdir()}
+    assert names == {"latest_progress.png", "training_progress_step_00000010.png"}
+    assert "newest 0.05 at step 20" in (tmp_path / "report.html").read_text()
+
+
+def test_a_state_that_cannot_be_read_for_a_while_delays_the_line_of_progress(config, tmp_path, capsys):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with Follower(config, PHASE, progress=True, report=False):
+            with unreadable(tmp_path / "phase_state.json"):
+                train(tmp_path, 1, 1)
+                wait_for_warning(told, "the line of progress cannot be shown")
+            train(tmp_path, 2, 20)
+    assert f"{PHASE}  step 20/20  100%" in capsys.readouterr().err
+    assert (tmp_path / "plots" / PHASE / "latest_progress.png").exists()
+
+
+def test_what_a_resume_has_cut_and_written_again_between_two_looks_is_not_missed(config, tmp_path):
+    train(tmp_path, 1, 15, kind="safety")
+    follower = Follower(config, PHASE, progress=False, report=False)
+    train(tmp_path, 1, 20)  # cuts all of it, and is longer than what was known
+    with follower:
+        pass
+    assert (tmp_path / "plots" / PHASE / "training_progress_step_00000010.png").exists()
+
+
+def test_a_file_that_was_replaced_without_a_resume_tells_nothing_twice(config, tmp_path):
+    train(tmp_path, 1, 20)
+    follower = Follower(config, PHASE, progress=False, report=False)
+    with EventLog(tmp_path, PHASE):  # takes away what a kill left of a line
+        pass
+    with follower:
+        pass
+    assert not (tmp_path / "plots").exists()
 
 
 def test_the_line_is_ascii_and_tells_the_time_left_for_all_phases():
