@@ -67,7 +67,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
         if run.state.step == 0:
             measure_untrained(run, records)
         warm_up(run)
-        trace_step = stack.enter_context(profiled(run))
+        trace_step = stack.enter_context(profiled(run, records.draw if records else None))
         interval, skipped = Interval(run, records), SkippedSteps(run)
         while run.state.step < run.end_step:
             taken = interval.next(inputs)

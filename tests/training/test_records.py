@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.retention import obsolete_names
 from ray_pipeline.training.phase import finish_step
 from ray_pipeline.training.pictures import draw_samples
+from ray_pipeline.training.profiling import profiled
 from ray_pipeline.training.records import PhaseRecords
 from ray_pipeline.training.sample_log import SampleLog
 from ray_pipeline.training.setup import Start
@@ -210,6 +212,31 @@ def test_a_sample_log_that_a_full_disk_refused_is_written_once_there_is_room(run
         takes([100])
     lines = log.lines.path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 102))
+
+
+def test_a_sample_log_that_cannot_be_mended_is_given_up_with_one_warning(run, caplog):
+    """A device that is always full refuses to be cut, too."""
+    path = Path(run.config.output_dir, "logs", "samples", "prior", "attempt_000001_rank_0.jsonl")
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/dev/full")
+    with SampleLog(run) as log:
+        for step in range(3):
+            log.add(StepInput(step, np.arange(100), ()))
+    assert caplog.text.count("ends before step 1:") == 1
+    assert caplog.text.count("ends before step") == 1
+
+
+def test_a_trace_that_cannot_be_written_is_a_fault_and_no_reason_to_stop(run):
+    run.job = replace(run.job, profile=True)
+    folder = Path(run.config.output_dir, "logs", "profile")
+    folder.parent.mkdir(parents=True)
+    folder.write_text("in the way")
+    with PhaseRecords(run) as records, profiled(run, records.draw) as trace_step:
+        for _ in range(8):
+            torch.ones(2).sum()
+            trace_step()
+    (fault,) = told(run, "fault")
+    assert "the trace of the profiler cannot be made: FileExistsError" in fault["message"]
 
 
 def test_records_that_a_full_disk_refused_are_written_once_there_is_room(run):

@@ -129,7 +129,7 @@ def test_a_profile_holds_operators_of_a_few_steps(tmp_path):
         job=SimpleNamespace(profile=True), rank=0, config=config, phase=config.phases[0],
         state=SimpleNamespace(step=10), end_step=30,
     )  # fmt: skip
-    with profiled(run) as trace_step:
+    with profiled(run, lambda what, write: write()) as trace_step:
         for _ in range(20):
             torch.ones(64, 64) @ torch.ones(64, 64)
             trace_step()
@@ -138,6 +138,6 @@ def test_a_profile_holds_operators_of_a_few_steps(tmp_path):
     names = [event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
     assert names.count("aten::mm") == 3
     run.job.profile = False
-    with profiled(run) as trace_step:
+    with profiled(run, lambda what, write: write()) as trace_step:
         trace_step()
     assert len(list((tmp_path / "logs" / "profile").iterdir())) == 1
