@@ -51,15 +51,16 @@ def _describe(run: Run) -> str:
 def watch_run(run_dir: str | Path, seconds: float) -> Iterator[str]:
     """`describe_run` every so many seconds, until no phase or sweep can go on by itself: all are finished, or the run
     was stopped or has failed."""
-    while True:
-        with reading_copy(run_dir):
-            run = read_run(run_dir)
-            yield _describe(run)
-        found = [run.state.phases.get(phase.name, phase_state.PhaseProgress()) for phase in run.config.phases]
-        ended = any(progress.status in ("stopped", "failed") for progress in found)
-        if ended or all(progress.status == "finished" for progress in found):
-            return
-        time.sleep(seconds)
+    with reading_copy(run_dir):  # one for all looks: of a run in object storage only what changed is read again
+        while True:
+            with reading_copy(run_dir):
+                run = read_run(run_dir)
+                yield _describe(run)
+            found = [run.state.phases.get(phase.name, phase_state.PhaseProgress()) for phase in run.config.phases]
+            ended = any(progress.status in ("stopped", "failed") for progress in found)
+            if ended or all(progress.status == "finished" for progress in found):
+                return
+            time.sleep(seconds)
 
 
 def _sweep(output_dir: str) -> list[str]:

@@ -1,11 +1,14 @@
 """What `ray-pipeline status` says of a run."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.status import describe_run
+from ray_pipeline.run_copy import run_path
+from ray_pipeline.status import describe_run, watch_run
+from ray_pipeline.storage import Folder
 
 
 @pytest.mark.parametrize(("gain", "error"), [(0.0, 0.0), (0.25, math.nan)], ids=["same in all tiles", "one tile"])
@@ -29,3 +32,21 @@ def test_a_validation_loss_of_0_at_the_start_has_no_ratio(half_run):
     state.phase("two").baseline_val_loss = 0.0
     state.save(half_run.state_file)
     assert "at the start 0.0000\n" in describe_run(half_run.folder)
+
+
+def test_watching_a_run_in_object_storage_keeps_one_copy_and_sees_what_changes(half_run, s3, tmp_path):
+    remote = Folder(s3).child(tmp_path.name, "run")
+    for name in ("config.yaml", "phase_state.json", "logs/metrics.jsonl"):
+        remote.write(name, Path(half_run.folder, name).read_bytes())
+    watched = watch_run(remote.location, 0.1)
+    assert "two: running" in next(watched)
+    copy = run_path(remote.location)
+    state = phase_state.load(half_run.state_file)
+    state.phase("two").status = "stopped"
+    state.record("stopped", "two: stopped by hand")
+    state.save(half_run.state_file)
+    remote.write("phase_state.json", half_run.state_file.read_bytes())
+    assert "two: stopped" in next(watched)
+    assert run_path(remote.location) == copy
+    assert not list(watched)
+    assert not copy.exists()
