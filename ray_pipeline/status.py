@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import STEP_PARTS
-from ray_pipeline.monitoring.metrics_file import read_events
+from ray_pipeline.monitoring.metrics_file import MetricsReader
 from ray_pipeline.monitoring.pace import time_left
 from ray_pipeline.monitoring.progress import format_bytes, format_seconds
 from ray_pipeline.run_copy import reading_copy, run_path
@@ -22,10 +22,11 @@ from ray_pipeline.sweep_records import read_sweep, read_winner
 def describe_run(run_dir: str | Path) -> str:
     """Phases with progress, losses, checkpoints and time left, as text; UserError when there is no run."""
     with reading_copy(run_dir):
-        return _describe(read_run(run_dir))
+        run = read_run(run_dir)
+        return _describe(run, _reader(run))
 
 
-def _describe(run: Run) -> str:
+def _describe(run: Run, reader: MetricsReader) -> str:
     config, state = run.config, run.state
     lines = [f"run  {Folder(config.output_dir).location}"]
     for phase in config.phases:
@@ -36,7 +37,7 @@ def _describe(run: Run) -> str:
             lines.append(f"  step {progress.step}/{progress.steps} ({percent}%), epoch {progress.epoch}/{phase.epochs}")
         lines += _losses(progress)
         if progress.status == "running":
-            lines += _pace(run)
+            lines += _pace(run, reader.events())
         if progress.best:
             lines.append(f"  best {progress.best.checkpoint}, validation loss {progress.best.val_loss:.4f}")
         if progress.last:
@@ -52,10 +53,11 @@ def watch_run(run_dir: str | Path, seconds: float) -> Iterator[str]:
     """`describe_run` every so many seconds, until no phase or sweep can go on by itself: all are finished, or the run
     was stopped or has failed."""
     with reading_copy(run_dir):  # one for all looks: of a run in object storage only what changed is read again
+        reader = _reader(read_run(run_dir))
         while True:
             with reading_copy(run_dir):
                 run = read_run(run_dir)
-                yield _describe(run)
+                yield _describe(run, reader)
             found = [run.state.phases.get(phase.name, phase_state.PhaseProgress()) for phase in run.config.phases]
             ended = any(progress.status in ("stopped", "failed") for progress in found)
             if ended or all(progress.status == "finished" for progress in found):
@@ -103,9 +105,12 @@ def _losses(progress: phase_state.PhaseProgress) -> list[str]:
     return lines
 
 
-def _pace(run: Run) -> list[str]:
+def _reader(run: Run) -> MetricsReader:
+    return MetricsReader(run_path(run.config.output_dir))
+
+
+def _pace(run: Run, records: Sequence[dict]) -> list[str]:
     """Throughput, where a step's time goes, and the time left; nothing before the first record."""
-    records = read_events(run_path(run.config.output_dir))
     steps = [record for record in records if record["event"] == "step" and record["phase"] == run.state.current_phase]
     if not steps:
         return []

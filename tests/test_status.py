@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.event_log import EventLog
+from ray_pipeline.monitoring.events import FaultEvent
+from ray_pipeline.monitoring.metrics_file import MetricsReader, read_events
 from ray_pipeline.run_copy import run_path
 from ray_pipeline.status import describe_run, watch_run
 from ray_pipeline.storage import Folder
@@ -50,3 +53,26 @@ def test_watching_a_run_in_object_storage_keeps_one_copy_and_sees_what_changes(h
     assert run_path(remote.location) == copy
     assert not list(watched)
     assert not copy.exists()
+
+
+def test_watching_parses_each_line_of_the_records_once(half_run, caplog):
+    path = half_run.folder / "logs" / "metrics.jsonl"
+    with path.open("ab") as file:
+        file.write(b"no JSON\n")
+    watched = watch_run(half_run.folder, 0.1)
+    for _ in range(3):
+        next(watched)
+    assert caplog.text.count("is damaged and was left out") == 1
+
+
+def test_a_reader_of_records_knows_what_was_appended_and_what_was_cut(half_run):
+    reader = MetricsReader(half_run.folder)
+    first = reader.events()
+    assert first == read_events(half_run.folder)
+    assert len(first) > 4
+    for resume_step in (None, 0):  # appended; cut, and longer than before
+        with EventLog(half_run.folder, "two", resume_step=resume_step) as log:
+            for step in range(1, 100):
+                log.emit(FaultEvent("two", step, "test", f"{resume_step} at {step}"))
+        assert reader.events() == read_events(half_run.folder)
+        assert reader.events()[-1]["message"] == f"{resume_step} at 99"

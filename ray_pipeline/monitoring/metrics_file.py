@@ -6,8 +6,12 @@ whose first line says what it cuts away of those before. Readers join them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from ray_pipeline.json_lines import JsonLines, parse_line, whole_lines
@@ -37,24 +41,65 @@ def read_events(run_dir: str | Path, phase: str | None = None, event: str | None
     A last line torn by a kill is left out; a damaged line elsewhere is left out with a warning.
     """
     return [
-        restore_floats(record)
+        record
         for _, record in _told(run_dir, phase)
         if phase in (None, record.get("phase")) and event in (None, record.get("event"))
     ]
 
 
-def _told(run_dir: str | Path, phase: str | None = None) -> list[tuple[bytes, dict]]:
-    """Lines that hold, with their records, at least those of a phase."""
-    told: list[tuple[bytes, dict]] = []
-    for path in metrics_files(run_dir):
-        for number, line in enumerate(whole_lines(path.read_bytes()), start=1):
+@dataclass(frozen=True)
+class _Parsed:
+    """Lines of a file with their records, non-finite floats restored; of its first `size` bytes, which are `lines`
+    lines and have this hash."""
+
+    size: int = 0
+    lines: int = 0
+    digest: bytes = hashlib.sha256().digest()
+    told: tuple[tuple[bytes, dict], ...] = ()
+
+    def read_on(self, path: Path) -> _Parsed:
+        """As the file is now; only what was appended is parsed."""
+        data = path.read_bytes()
+        data = data[: data.rfind(b"\n") + 1]
+        if hashlib.sha256(data[: self.size]).digest() != self.digest:  # a resume has cut it
+            return _Parsed().read_on(path)
+        told, number = list(self.told), self.lines
+        for number, line in enumerate(whole_lines(data[self.size :]), start=self.lines + 1):
             record = parse_line(line)
             if record is None:
                 logger.warning("%s line %d is damaged and was left out", path, number)
-            elif record.get("event") == _SEGMENT:
-                told = [one for one in told if not _is_cut(one[1], record["phase"], record["resume_step"])]
-            elif phase in (None, record.get("phase")):
-                told.append((line, record))
+            else:
+                told.append((line, restore_floats(record)))
+        return _Parsed(len(data), number, hashlib.sha256(data).digest(), tuple(told))
+
+
+class MetricsReader:
+    """`read_events` of a run again and again, at the cost of what was appended."""
+
+    def __init__(self, run_dir: str | Path):
+        self.run_dir = run_dir
+        self._files: dict[Path, _Parsed] = {}
+
+    def events(self) -> list[dict]:
+        """The records of the run as they are now."""
+        paths = metrics_files(self.run_dir)
+        self._files = {path: self._files.get(path, _Parsed()).read_on(path) for path in paths}
+        return [record for _, record in _joined(self._files.values())]
+
+
+def _told(run_dir: str | Path, phase: str | None = None) -> list[tuple[bytes, dict]]:
+    """Lines that hold, with their records, at least those of a phase."""
+    return _joined((_Parsed().read_on(path) for path in metrics_files(run_dir)), phase)
+
+
+def _joined(files: Iterable[_Parsed], phase: str | None = None) -> list[tuple[bytes, dict]]:
+    """Of the files of a run in their order, without what a later one cuts away."""
+    told: list[tuple[bytes, dict]] = []
+    for line, record in chain.from_iterable(file.told for file in files):
+        if record.get("event") == _SEGMENT:
+            told = [one for one in told if not _is_cut(one[1], record["phase"], record["resume_step"])]
+        elif phase in (None, record.get("phase")):
+            told.append((line, record))
     return told
 
 
