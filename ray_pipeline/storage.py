@@ -15,6 +15,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.passwords import uri_credential
 
 Data = bytes | bytearray | memoryview
 _STREAM_BYTES = 4 * 2**20
@@ -31,6 +32,15 @@ def is_uri(text: str) -> bool:
     return "://" in text
 
 
+def shown(location: str) -> str:
+    """A location for messages and lists: of a URI neither user nor query."""
+    if not is_uri(location):
+        return location
+    scheme, _, rest = location.partition("?")[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 class FileStamp(NamedTuple):
     """By which a change of a file is seen: bytes, and nanoseconds since 1970; object storage counts whole seconds."""
 
@@ -41,8 +51,9 @@ class FileStamp(NamedTuple):
 class Folder:
     """A folder given by a path or a URI that pyarrow opens (s3://bucket/folder, gs://..., file:///...).
 
-    Cheap to pickle: the connection is made where it is used. Credentials come from the environment alone. What the
-    disk, the network or the service refuses is a StorageError; a file that is not there is a FileNotFoundError.
+    Cheap to pickle: the connection is made where it is used. Credentials come from the environment alone: a URI that
+    holds one is a UserError. What the disk, the network or the service refuses is a StorageError; a file that is not
+    there is a FileNotFoundError.
     """
 
     def __init__(self, location: str | Path):
@@ -51,10 +62,12 @@ class Folder:
             self.location = str(Path(text).expanduser().absolute())
             return
         base, mark, query = text.partition("?")
-        if re.match(r"[^:]+://[^/:@]*:[^@]*@", base):  # it would be printed, logged and pickled
+        if (found := uri_credential(text)) is not None:  # it would be printed, logged and pickled
+            where = re.sub(r"^([^:]+://[^/:]*):.*", r"\1", base.rpartition("@")[2])  # a secret may hold a ?, too
             raise UserError(
-                f"the location in {base.rpartition('@')[2]} holds a password; leave it out and give it in the "
-                "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
+                f"the location in {where} holds a password or key ({found}); leave it out and give it "
+                "in the environment of every node (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://, "
+                "GOOGLE_APPLICATION_CREDENTIALS for gs://, AZURE_CLIENT_SECRET for abfss://)"
             )
         self.location = base.rstrip("/") + mark + query
 

@@ -20,7 +20,7 @@ from ray_pipeline.config import Config, load_config
 from ray_pipeline.errors import UserError
 from ray_pipeline.job_paths import check_job_paths
 from ray_pipeline.runtime_env import check_runtime_env
-from ray_pipeline.storage import Folder
+from ray_pipeline.storage import Folder, shown
 
 #: Ray asks a stopped job with SIGTERM and kills it so many seconds later, by default 3; it wants a whole number, and
 #: takes it from the environment of the job
@@ -91,7 +91,7 @@ def plan_job(
         metadata={
             "job_name": f"ray-pipeline train {Folder(config.output_dir).name}",
             "config": str(file.relative_to(root)),
-            "output_dir": config.output_dir,
+            "output_dir": shown(config.output_dir),
             "phases": ", ".join(phase.name for phase in config.phases),
             "ray_pipeline": ray_pipeline.__version__,
         },

@@ -16,7 +16,7 @@ FLOORS = {
     "attempts": 0, "tensor_files": 0, "retention": 0, "run_state": 0, "resume": 0, "sections": 0, "phase_sections": 0,
     "run_copy": 0, "sweep_sections": 0, "sweep_space": 0, "sweep_records": 0,
     "cli_submit": 4, "submission": 3, "job_attendance": 3, "job_paths": 0,
-    "runtime_env": 0, "node_probe": 0,
+    "runtime_env": 0, "passwords": 0, "node_probe": 0,
     "storage": 0, "json_lines": 0, "plugins": 0, "ray_session": 0, "errors": 0, "__init__": 0,
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))

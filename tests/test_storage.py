@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.storage import Folder, is_uri, replace_file
+from ray_pipeline.storage import Folder, is_uri, replace_file, shown
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -203,12 +203,52 @@ def test_a_location_that_pyarrow_does_not_open_is_named(location, said):
     one_sentence(error)
 
 
-@pytest.mark.parametrize("location", ["s3://AKIA:se3cret@bucket/a", "s3://AKIA:se3/cr3et@bucket/a?region=eu"])
-def test_a_password_in_a_location_is_refused_and_not_repeated(location):
-    with pytest.raises(UserError, match=r"bucket/a.*environment") as error:
+@pytest.mark.parametrize(
+    "location",
+    [
+        "s3://AKIA:se3cret@bucket/a",
+        "s3://AKIA:se3/cr3et@bucket/a?region=eu",
+        "s3://AKIA:se3?cret@bucket/a",
+        "abfss://c:se3cret@bucket/a",
+        "s3://bucket/a?endpoint_override=http://me:se3cret@host:9000",
+        "s3://bucket/a?endpoint_override=http%3A%2F%2Fme%3Ase3cret%40host%3A9000",
+        "s3://bucket/a?region=eu&access_key=AKIA&secret_key=se3cret",
+        "s3://bucket/a?X-Amz-Signature=se3cret",
+        "s3://bucket/a?secret%5Fkey=se3cret",
+        "abfss://c@bucket/a?tenant_id=t&client_id=i&client_secret=se3cret",
+        "abfss://c@bucket/a?sv=1&sig=se3cret",
+        "abfss://c@bucket/a?AccountKey=se3cret",
+        "gs://bucket/a?access_token=se3cret",
+        "gs://bucket/a?password=se3cret",
+    ],
+)
+def test_a_credential_in_a_location_is_refused_and_not_repeated(location):
+    with pytest.raises(UserError, match=r"the location in .* holds a password or key .*environment of every") as error:
         Folder(location)
     assert "se3" not in one_sentence(error)
-    assert Folder("abfss://container@account.dfs.core.windows.net/a").location.endswith("/a")
+    assert "cret@" not in str(error.value)
+    assert "bucket/a" in str(error.value) or "?cret" in location
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "abfss://container@account.dfs.core.windows.net/a",
+        "abfss://container@account.dfs.core.windows.net/a?tenant_id=t&client_id=i&credential_kind=cli",
+        "s3://bucket/a@b:c@d?endpoint_override=http%3A%2F%2Fhost%3A9000&scheme=http&region=eu",
+        "s3://bucket/a?endpoint_override=host:9000&allow_bucket_creation=true&tls_ca_file_path=/etc/ca.pem",
+        "gs://anonymous@bucket/a?endpoint_override=host:9000&retry_limit_seconds=3&project_id=monkeys",
+        "file:///data/me:us@there/a",
+    ],
+)
+def test_options_of_a_location_that_are_no_credentials_are_kept(location):
+    assert Folder(location).location == location
+
+
+def test_locations_are_shown_without_user_and_options():
+    assert shown("s3://bucket/run?endpoint_override=host") == "s3://bucket/run"
+    assert shown("abfss://container@account/run?sig=a") == "abfss://account/run"
+    assert shown("/data/a?b@c") == "/data/a?b@c"
 
 
 def test_a_disk_that_takes_no_more_is_named_and_the_old_file_stays(tmp_path):

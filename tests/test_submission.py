@@ -152,6 +152,12 @@ def test_what_others_could_read_or_a_job_could_not_use_is_refused(submitted, pro
         submitted("optimizer.learning_rate=1")
 
 
+def test_the_lists_of_jobs_show_no_options_of_a_uri(submitted):
+    job = submitted("output_dir=s3://bucket/run?endpoint_override=inner:9000")
+    assert job.metadata["output_dir"] == "s3://bucket/run"
+    assert "--set=output_dir=s3://bucket/run?endpoint_override=inner:9000" in job.words
+
+
 def test_variables_and_packages_reach_the_job(submitted):
     job = submitted(env=["HF_HOME=/shared/hub", "AWS_SHARED_CREDENTIALS_FILE=/etc/aws"], pip=["my-hints==1.0"])
     variables = {"HF_HOME": "/shared/hub", "AWS_SHARED_CREDENTIALS_FILE": "/etc/aws", STOP_WAIT: "131"}

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.storage import Folder, StorageError, is_uri
+from ray_pipeline.storage import Folder, StorageError, is_uri, shown
 
 #: pyarrow's own settings wait 6 s where nothing listens, and 100 s where something listens and says nothing
 _CONNECT_SECONDS, _ANSWER_SECONDS, _ATTEMPTS = 3, 10, 2
@@ -67,7 +67,7 @@ def _impatient(folder: Folder) -> fs.FileSystem:
 
 def _refuse(key: str, location: str, error: Exception | str) -> NoReturn:
     """Raise the UserError that fits the words of `error`."""
-    where, found = f"{key}={location}", " ".join(str(error).split())
+    where, found = f"{key}={shown(location)}", " ".join(str(error).split())
     if re.search(_NO_BUCKET, found):
         raise UserError(f"{where}: there is no such bucket; create it, or correct its name or the endpoint") from None
     reason = re.sub(r"^(.*?) cannot be used \((.*)\);.*$|^.*?\((.*)\);.*$", r"\1\3: \2", found).strip(": ")[:300]

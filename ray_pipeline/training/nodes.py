@@ -20,7 +20,7 @@ from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.errors import UserError
 from ray_pipeline.node_probe import TOKEN, SameFiles, SharedFolder, glance, nearest_folder, probe, read_soon
 from ray_pipeline.run_state import CONFIG_FILE
-from ray_pipeline.storage import Folder, is_uri
+from ray_pipeline.storage import Folder, shown
 from ray_pipeline.training.placement import alive_nodes, encoder_resources, rooms_by_node, worker_resources
 
 #: a node answers within so many seconds, or is said not to; one that first gets ray.runtime_env may take longer
@@ -241,12 +241,3 @@ def _answered(place: SharedFolder, node: Node) -> bool:
 def _in_words(found: Sequence[tuple[Node, str]]) -> str:
     told = [f"node {node.name} {words}" for node, words in found[:_TOLD]]
     return ", ".join(told) + (f", and {len(found) - _TOLD} node(s) more" if len(found) > _TOLD else "")
-
-
-def shown(location: str) -> str:
-    """A location for messages: of a URI neither user nor query."""
-    if not is_uri(location):
-        return location
-    scheme, _, rest = location.partition("?")[0].partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
