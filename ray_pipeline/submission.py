@@ -19,6 +19,7 @@ import ray_pipeline
 from ray_pipeline.config import Config, load_config
 from ray_pipeline.errors import UserError
 from ray_pipeline.job_paths import check_job_paths
+from ray_pipeline.passwords import holds_credential, texts
 from ray_pipeline.runtime_env import check_runtime_env
 from ray_pipeline.storage import Folder, shown
 
@@ -79,7 +80,7 @@ def plan_job(
             f"{config_file} is not in {root}, which is all that a job gets; submit from a folder that holds it, or "
             "name one with --working-dir"
         )
-    _check_config(config, root)
+    _check_config(config, overrides, root)
     runtime_env = _runtime_env(config, root, env, pip)
     # one word each, so that a value with a dash in front stays one
     words = [f"--config={file.relative_to(root)}", *(f"--set={override}" for override in overrides)]
@@ -98,11 +99,16 @@ def plan_job(
     )
 
 
-def _check_config(config: Config, working_dir: Path) -> None:
+def _check_config(config: Config, overrides: Sequence[str], working_dir: Path) -> None:
+    # all overrides, though the last of a key counts
+    named = [*texts(config.dump()), *(override.partition("=")[::2] for override in overrides)]
+    for key, text in named:
+        if holds_credential(text):
+            raise UserError(
+                f"{key} holds a password or key, which every list of jobs would show; leave it out and give it in the "
+                "environment of every node"
+            )
     check_job_paths(config, working_dir)
-    for location in (config.output_dir, config.data.root, config.data.latents, config.checkpoint.store):
-        if location is not None:
-            Folder(location)  # it refuses a password
     if config.ray.address != "auto":
         raise UserError(
             f"ray.address={config.ray.address}: a job runs on the cluster that it is submitted to; leave it at auto"

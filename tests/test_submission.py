@@ -129,8 +129,6 @@ def test_what_others_could_read_or_a_job_could_not_use_is_refused(submitted, pro
         with pytest.raises(UserError, match="holds a password") as refused:
             submitted(**words)
         assert "hunter2" not in str(refused.value)
-    with pytest.raises(UserError, match="holds a password"):
-        submitted("checkpoint.store=s3://key:hunter2@bucket/run")
     with pytest.raises(UserError, match="expected NAME=VALUE"):
         submitted(env=["HF_HOME"])
     with pytest.raises(UserError, match="env_vars: 'A B' is no name"):
@@ -150,6 +148,29 @@ def test_what_others_could_read_or_a_job_could_not_use_is_refused(submitted, pro
         plan_job(project / "config.yaml", [f"output_dir={tmp_path}"], working_dir=tmp_path / "other")
     with pytest.raises(UserError, match="unknown key"):
         submitted("optimizer.learning_rate=1")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["output_dir", "data.root", "data.latents", "checkpoint.store", "phases.0.init", "vae.pretrained",
+     "monitoring.wandb_project"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["s3://key:hunter2@bucket/run", "https://host/run?token=hunter2", "ghp_hunter2" * 3])
+def test_a_credential_anywhere_in_a_config_is_refused_at_submission(submitted, key, value):
+    with pytest.raises(UserError, match=f"^{key} holds a password or key.*environment") as refused:
+        submitted(f"{key}={value}")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_credential_in_a_setting_that_another_replaces_is_refused(submitted):
+    with pytest.raises(UserError, match=r"^vae\.pretrained holds a password or key"):
+        submitted("vae.pretrained=https://me:hunter2@host/vae", "vae.pretrained=embedded")
+
+
+def test_a_credential_in_the_file_of_a_config_is_refused_at_submission(submitted, project):
+    (project / "config.yaml").write_text("phases: [{name: one, epochs: 1, init: 's3://key:hunter2@bucket/a.ckpt'}]")
+    with pytest.raises(UserError, match=r"^phases\.0\.init holds a password or key"):
+        submitted()
 
 
 def test_the_lists_of_jobs_show_no_options_of_a_uri(submitted):
