@@ -4,10 +4,11 @@ credentials: config.yaml is stored with the run."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.passwords import holds_credential, names_credential, texts
 
 FIELDS = ("env_vars", "pip", "uv", "working_dir", "py_modules", "excludes", "config")
 _CONFIG_FIELDS = ("setup_timeout_seconds", "eager_install", "log_files")
@@ -29,10 +30,6 @@ _CODE_VARIABLES = (
     "LD_PRELOAD", "LD_AUDIT", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONBREAKPOINT", "BASH_ENV", "ENV",
     "RAY_RUNTIME_ENV_HOOK", "RAY_RUNTIME_ENV_PLUGINS",
 )  # fmt: skip
-#: words in the name of a variable that holds a credential; what ends in one of _PLACES only says where one lies
-_CREDENTIALS = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS", "AUTH"}
-_PLACES = {"FILE", "PATH", "DIR"}
-_PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@|https?://[^/@\s]+@")
 
 
 def check_runtime_env(fields: Mapping[str, Any]) -> None:
@@ -51,8 +48,8 @@ def check_runtime_env(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown field {name}.{unknown[0]}; known are {', '.join(known)}")
     for name, value in fields.get("env_vars", {}).items():
         _check_variable(name, value)
-    if any(_PASSWORD_IN_URL.search(text) for text in _texts(fields)):
-        raise ValueError("a URL in it holds a password, which others would read; take it out")
+    if any(holds_credential(text) for _, text in texts(fields)):
+        raise ValueError("a text or URL in it holds a password or key, which others would read; take it out")
 
 
 def _check_variable(name: Any, value: Any) -> None:
@@ -60,26 +57,13 @@ def _check_variable(name: Any, value: Any) -> None:
         raise ValueError(f"env_vars: {name!r} is no name of a variable")
     if name in _CODE_VARIABLES:
         raise ValueError(f"env_vars.{name} makes processes load other code; set it on the nodes where that is wanted")
-    words = name.upper().split("_")
-    if _CREDENTIALS.intersection(words) and words[-1] not in _PLACES:
+    if names_credential(name):
         raise ValueError(
             f"env_vars.{name} looks like a credential, which others would read; set it in the environment of the "
             "nodes, or give a path to a file that holds it"
         )
     if not isinstance(value, str):
         raise ValueError(f"env_vars.{name} is no text; put its value in quotes")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text within lists and mappings."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in (*value.keys(), *value.values()):
-            yield from _texts(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _texts(inner)
 
 
 def make_runtime_env(fields: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import pytest
 
 from ray_pipeline.config import parse_config
 from ray_pipeline.errors import UserError
+from ray_pipeline.passwords import names_credential
 from ray_pipeline.runtime_env import make_runtime_env
 
 
@@ -31,6 +32,40 @@ def config_with(runtime_env):
 def test_fields_that_run_code_and_wrong_ones_are_refused(fields, said):
     with pytest.raises(UserError, match=rf"ray\.runtime_env: .*{said}"):
         config_with(fields)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MYPASS", "DB_PASS", "DBPWD", "GITHUB_PAT", "AZURE_STORAGE_SAS", "PASSPHRASE", "AZURE_STORAGE_CONNECTION_STRING",
+     "PGPASSWORD", "AZURE_STORAGE_KEY", "MY_ACCESSKEY", "GHTOKEN", "DbPassword", "WANDB_API_KEY", "HTTP_AUTH"],
+)  # fmt: skip
+def test_a_variable_that_holds_a_credential_is_known_by_its_name(name):
+    with pytest.raises(UserError, match=rf"env_vars\.{name} looks like a credential, which others") as refused:
+        config_with({"env_vars": {name: "hunter2"}})
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TOKENIZERS_PARALLELISM", "MAX_TOKENS", "NCCL_BYPASS", "COMPASS", "MONKEY", "PATCH", "KEYS", "CONNECTION_TIMEOUT",
+     "DB_PASSWORD_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GIT_AUTHOR", "SASH"],
+)  # fmt: skip
+def test_names_that_only_resemble_a_credential_are_none(name):
+    assert not names_credential(name)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["DefaultEndpointsProtocol=https;AccountName=a;AccountKey=" + "hunter2" * 4, "AKIA" + "HUNTER2A" * 2,
+     "ghp_" + "hunter2" * 5, "github_pat_" + "hunter2" * 5, "hf_" + "hunter2" * 5, "AIza" + "hunter2" * 5,
+     "-----BEGIN RSA PRIVATE KEY-----hunter2", "https://host/a?sig=hunter2", "abfss://a@b/c?client_secret=hunter2"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["variable", "package"])
+def test_a_credential_is_known_by_its_form_wherever_it_stands(value, place):
+    fields = {"env_vars": {"PLACE": value}} if place == "variable" else {"pip": ["a", f"--option={value}"]}
+    with pytest.raises(UserError, match=r"holds a password or key, which others would read") as refused:
+        config_with(fields)
+    assert "hunter2" not in str(refused.value).lower()
 
 
 @pytest.mark.parametrize(
