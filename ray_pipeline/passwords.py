@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 #: words in the name of a variable, or of an option of a URI, that holds a credential
 _WORDS = re.compile(
-    r"\w*(?:PASSWORD|PASSWD|PASSPHRASE|PWD|SECRET|TOKEN|CREDENTIALS?|CONNSTR|CONNECTIONSTRING)|(?!BY|COM)\w*PASS|"
+    r"\w*(?:PASSWORD|PASSWD|PASSPHRASE|PWD|SECRET|TOKEN|CREDENTIALS?|CONNSTR|CONNECTIONSTRING)|(?!BY|COM|ASK)\w*PASS|"
     r"(?:API|ACCESS|ACCOUNT|PRIVATE|SECRET|SHARED)?KEY|PAT|SAS|SIG|SIGNATURE|AUTH"
 )
 #: a name that ends so only says where a credential lies, or of what kind it is

@@ -1,5 +1,9 @@
-"""What `ray.runtime_env` may hold: packages, variables and files that Ray brings to every node. No code, and no
-credentials: config.yaml is stored with the run."""
+"""What `ray.runtime_env` may hold: packages, variables and files that Ray brings to every node.
+
+A config is data: it can start no program, and load no code but that of the packages (pip, uv) and of the folders of the
+submitting machine (working_dir, py_modules) that it names; look at these before using the config of somebody else. It
+holds no credentials: config.yaml is stored with the run.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.passwords import holds_credential, names_credential, texts
+from ray_pipeline.storage import is_uri
 
 FIELDS = ("env_vars", "pip", "uv", "working_dir", "py_modules", "excludes", "config")
 _CONFIG_FIELDS = ("setup_timeout_seconds", "eager_install", "log_files")
@@ -30,10 +35,20 @@ _CODE_VARIABLES = (
     "LD_PRELOAD", "LD_AUDIT", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONBREAKPOINT", "BASH_ENV", "ENV",
     "RAY_RUNTIME_ENV_HOOK", "RAY_RUNTIME_ENV_PLUGINS",
 )  # fmt: skip
+#: variables that say where programs and code lie, or which are run: for who submits a job to set, not for a config
+_CODE_PLACES = re.compile(
+    r"PATH|PYTHON(PATH|USERBASE|PLATLIBDIR|PYCACHEPREFIX|WARNINGS|INSPECT|EXECUTABLE)|(LD|DYLD|GIT|SSH)_\w+|CC|CXX|SHELL|"
+    r"RAY_\w*(HOOK|CALLBACKS?|PLUGINS)"
+)
+#: fields whose files are code
+_CODE_FIELDS = ("working_dir", "py_modules")
 
 
-def check_runtime_env(fields: Mapping[str, Any]) -> None:
-    """ValueError for a field that is unknown, runs code, or holds a credential; values of fields are never told."""
+def check_runtime_env(fields: Mapping[str, Any], *, of_submitter: bool = False) -> None:
+    """ValueError for a field that is unknown, runs code, or holds a credential; values of fields are never told.
+
+    of_submitter: whoever submits a job gave them, who may say where its code lies; else a config did.
+    """
     for name in fields:
         if name in _REFUSED:
             raise ValueError(f"{name} {_REFUSED[name]}; take it out, known here are {', '.join(FIELDS)}")
@@ -48,6 +63,16 @@ def check_runtime_env(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown field {name}.{unknown[0]}; known are {', '.join(known)}")
     for name, value in fields.get("env_vars", {}).items():
         _check_variable(name, value)
+        if not of_submitter and _CODE_PLACES.fullmatch(name):
+            raise ValueError(
+                f"env_vars.{name} chooses the code or the programs of processes, which a config may not; set it on the "
+                "nodes, or for one job with `ray-pipeline submit --env`"
+            )
+    for name in () if of_submitter else _CODE_FIELDS:
+        if any(is_uri(text) for _, text in texts(fields.get(name, ()))):
+            raise ValueError(
+                f"{name} is a URI, whose code would run on every node; give a path on the submitting machine"
+            )
     if any(holds_credential(text) for _, text in texts(fields)):
         raise ValueError("a text or URL in it holds a password or key, which others would read; take it out")
 

@@ -125,7 +125,7 @@ def _runtime_env(config: Config, working_dir: Path, env: Sequence[str], pip: Seq
         variables[name] = value
     fields = {"working_dir": str(working_dir), "env_vars": variables} | ({"pip": list(pip)} if pip else {})
     try:
-        check_runtime_env(fields)
+        check_runtime_env(fields, of_submitter=True)
     except ValueError as error:
         raise UserError(f"--env or --pip: {error}") from None
     if not re.fullmatch("[0-9]+", variables[STOP_WAIT]):  # Ray would fail over it when the job is to be stopped

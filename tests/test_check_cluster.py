@@ -47,7 +47,7 @@ def answers(folder, s3_server) -> dict:
         "wrong": [
             f"output_dir={LOCAL}/run", f"data.root={LOCAL}/data", f"vae.pretrained={LOCAL}/autoencoder",
             "ray.num_workers=3", "ray.placement_strategy=STRICT_SPREAD", "train.batch_size=100000000",
-            f"ray.runtime_env={{env_vars: {{PYTHONPATH: {folder}/other}}}}",
+            f"ray.runtime_env={{py_modules: [{folder}/other/ray_pipeline]}}",
         ],
     }  # fmt: skip
     commands = {

@@ -5,7 +5,7 @@ import pytest
 from ray_pipeline.config import parse_config
 from ray_pipeline.errors import UserError
 from ray_pipeline.passwords import names_credential
-from ray_pipeline.runtime_env import make_runtime_env
+from ray_pipeline.runtime_env import check_runtime_env, make_runtime_env
 
 
 def config_with(runtime_env):
@@ -32,6 +32,29 @@ def config_with(runtime_env):
 def test_fields_that_run_code_and_wrong_ones_are_refused(fields, said):
     with pytest.raises(UserError, match=rf"ray\.runtime_env: .*{said}"):
         config_with(fields)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PATH", "PYTHONPATH", "PYTHONUSERBASE", "PYTHONWARNINGS", "LD_LIBRARY_PATH", "GIT_SSH_COMMAND", "GIT_SSH",
+     "GIT_CONFIG_COUNT", "SSH_ASKPASS", "RAY_TRAIN_CALLBACKS", "RAY_START_HOOK", "CC"],
+)  # fmt: skip
+def test_variables_by_which_a_config_would_choose_code_are_for_the_submitter(name):
+    with pytest.raises(UserError, match=rf"ray\.runtime_env: .*env_vars\.{name} chooses the code.*submit --env"):
+        config_with({"env_vars": {name: "/tmp/a"}})
+    check_runtime_env({"env_vars": {name: "/tmp/a"}}, of_submitter=True)
+
+
+@pytest.mark.parametrize("uri", ["https://evil/x.zip", "s3://bucket/x.zip", "gcs://x.zip", "file:///tmp/x.zip"])
+@pytest.mark.parametrize("field", ["working_dir", "py_modules"])
+def test_a_config_brings_no_code_from_elsewhere(field, uri):
+    with pytest.raises(UserError, match=rf"ray\.runtime_env: .*{field} is a URI, whose code would run"):
+        config_with({field: uri if field == "working_dir" else ["/home/me/module", uri]})
+
+
+@pytest.mark.parametrize("name", ["PYTHONUNBUFFERED", "PYTHONHASHSEED", "OMP_NUM_THREADS", "NCCL_DEBUG", "HF_HOME"])
+def test_variables_that_choose_no_code_are_for_a_config(name):
+    assert config_with({"env_vars": {name: "1"}}).ray.runtime_env == {"env_vars": {name: "1"}}
 
 
 @pytest.mark.parametrize(

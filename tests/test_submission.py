@@ -184,6 +184,7 @@ def test_variables_and_packages_reach_the_job(submitted):
     variables = {"HF_HOME": "/shared/hub", "AWS_SHARED_CREDENTIALS_FILE": "/etc/aws", STOP_WAIT: "131"}
     assert job.runtime_env["env_vars"] == variables
     assert job.runtime_env["pip"] == ["my-hints==1.0"]
+    assert submitted(env=["PATH=/my/bin:/bin"]).runtime_env["env_vars"]["PATH"] == "/my/bin:/bin"
     assert submitted(env=[f"{STOP_WAIT}=5"]).runtime_env["env_vars"] == {STOP_WAIT: "5"}
 
 
