@@ -264,3 +264,26 @@ def test_the_upload_of_the_repository_is_small_and_whole(tmp_path):
         tops = {name.split("/")[0] for name in names}
         assert not tops & {".git", ".venv", "demo_output", "training_output", "tests", "runs", "data"}
         assert not [name for name in names if "__pycache__" in name or ".egg-info" in name or name.endswith(".ckpt")]
+
+
+@pytest.mark.parametrize(
+    ("ignores", "include_gitignore"), [(".rayignore", True), (".rayignore", False), (".gitignore", True)]
+)
+def test_the_upload_takes_no_secrets_along(tmp_path, ignores, include_gitignore):
+    from ray._private.runtime_env.packaging import create_package
+
+    folder = tmp_path / "project"
+    secrets = [".env", ".env.local", ".envrc", "server.pem", "tls.key", "store.p12", "credentials", "credentials.json",
+               "id_rsa", "id_ed25519", ".netrc", ".git-credentials", ".pypirc", ".aws/config", ".ssh/config",
+               ".kube/config"]  # fmt: skip
+    wanted = ["train.py", "credentials.py", "keys.yaml", "environment.yaml", "monkey", "id.csv"]
+    for name in (*secrets, *wanted):
+        for place in (folder / name, folder / "configs" / "below" / name):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text("hunter2")
+    shutil.copy(ROOT / ignores, folder)
+    package = tmp_path / "package.zip"
+    create_package(str(folder), package, include_gitignore=include_gitignore)
+    with zipfile.ZipFile(package) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")} - {ignores}
+    assert names == {*wanted, *(f"configs/below/{name}" for name in wanted)}
