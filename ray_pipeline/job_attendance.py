@@ -22,7 +22,10 @@ _PATIENCE_SECONDS, _ASK_SECONDS, _SILENT_SECONDS = 600.0, 5.0, 60.0
 #: pauses before a job is submitted again, each twice the one before, in seconds
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
 #: failures without an exit status by which the driver, or its node, was lost
-_LOST = {"JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_START_FAILURE", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE"}
+_LOST = {
+    f"JOB_SUPERVISOR_ACTOR_{end}"
+    for end in ("DIED", "START_FAILURE", "START_TIMEOUT", "UNKNOWN_FAILURE", "UNSCHEDULABLE")
+}
 
 Write = Callable[[str], None]
 
@@ -98,8 +101,8 @@ def how_it_ended(details: JobDetails | None) -> Ended:
     number = status - 128  # a shell that Ray runs ends so when its command was killed
     if not 0 < number < signal.NSIG:
         return Ended(f"failed with exit status {status}", status, driver_died=False)
-    asked = number in (signal.SIGINT, signal.SIGTERM)  # as a run is asked to stop
-    return Ended(f"was ended by {signal.Signals(number).name}", status, driver_died=not asked)
+    # a `ray job stop` makes it STOPPED: a SIGTERM of others came with its node, such as a pod that is drained
+    return Ended(f"was ended by {signal.Signals(number).name}", status, driver_died=number != signal.SIGINT)
 
 
 def _follow_or_leave(

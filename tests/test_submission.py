@@ -229,16 +229,32 @@ def test_ctrl_c_at_the_question_is_a_no(monkeypatch):
         ({"status": "FAILED", "driver_exit_code": 2}, 2, False),
         ({"status": "FAILED", "driver_exit_code": 137}, 137, True),
         ({"status": "FAILED", "driver_exit_code": -signal.SIGSEGV}, 139, True),
-        ({"status": "FAILED", "driver_exit_code": 143}, 143, False),
+        ({"status": "FAILED", "driver_exit_code": 143}, 143, True),  # nobody stopped the job: its node is drained
+        ({"status": "FAILED", "driver_exit_code": -signal.SIGTERM}, 143, True),
+        ({"status": "STOPPED", "driver_exit_code": 143}, 143, False),
         ({"status": "FAILED", "driver_exit_code": 130}, 130, False),
         ({"status": "FAILED", "driver_exit_code": 255}, 255, False),
         ({"status": "FAILED", "error_type": "JOB_SUPERVISOR_ACTOR_DIED"}, 1, True),
+        ({"status": "FAILED", "error_type": "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"}, 1, True),
+        ({"status": "FAILED", "error_type": "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE"}, 1, True),
+        ({"status": "FAILED", "error_type": "JOB_ENTRYPOINT_COMMAND_START_ERROR"}, 1, False),
         ({"status": "FAILED", "error_type": "RUNTIME_ENV_SETUP_FAILURE"}, 1, False),
     ],
 )
 def test_a_driver_that_died_is_told_from_one_that_failed(record, exit_status, driver_died):
     ended = how_it_ended(JobDetails(type="SUBMISSION", entrypoint="python", **record))
     assert (ended.exit_status, ended.driver_died) == (exit_status, driver_died)
+
+
+def test_every_failure_of_the_driver_that_ray_knows_is_judged():
+    from ray.dashboard.modules.job.common import JobErrorType
+
+    died = {
+        kind.value
+        for kind in JobErrorType
+        if how_it_ended(JobDetails(type="SUBMISSION", entrypoint="a", status="FAILED", error_type=kind)).driver_died
+    }
+    assert died == {kind.value for kind in JobErrorType if kind.value.startswith("JOB_SUPERVISOR_ACTOR_")}
 
 
 def test_a_job_that_the_cluster_forgot_died():
