@@ -25,6 +25,11 @@ from ray_pipeline.job_paths import JOB_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 600
+#: credentials in the environment of the Ray and of its commands, for a test to look for
+PLANTED = {
+    name: f"planted-{name}"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY")
+}
 # Tests that run in the background have SIGINT ignored. Not as subprocess's preexec_fn, which forks this process: the
 # requests that its Ray client has under way may then never be answered.
 _ON_TERMINAL = """
@@ -49,6 +54,7 @@ class Head:
     def environment(self) -> dict[str, str]:
         """Of a command that uses it."""
         return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+            **PLANTED,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

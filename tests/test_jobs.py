@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from ray_head import ROOT, TIMEOUT_SECONDS, Head, Wire, answers, start, start_head, wait_for
+from ray_head import PLANTED, ROOT, TIMEOUT_SECONDS, Head, Wire, answers, start, start_head, wait_for
 
 from ray_pipeline.submission import STOP_WAIT
 
@@ -205,6 +205,28 @@ def test_a_log_whose_connection_breaks_is_shown_once_and_whole(head, project, co
     wire.cut()
     counted = [line.split()[1] for line in command.said.splitlines() if line.startswith("count ")]
     assert counted == [str(number) for number in range(1, 41)], command.said
+
+
+def test_no_log_and_no_list_holds_a_secret_of_the_environment(head, project, tmp_path):
+    run = tmp_path / "run"
+    command = start(head, project, "--config", "config.yaml", "--set", f"output_dir={run}", "--wait")
+    command.until(lambda: checkpoints(run))
+    assert head.driver(command.job_id).environ().items() >= (PLANTED | {"RAY_AUTH_TOKEN": head.token}).items()
+    assert command.end() == 0, command.said
+    lists = {
+        path: head.get(path, head.token) for path in ("/api/jobs/", "/nodes?view=summary", "/api/v0/tasks?detail=1")
+    }
+    files = {str(path): path.read_bytes() for path in head.folder.rglob("*") if path.is_file()}
+
+    def told(words: str) -> set[str]:
+        return {name for name, data in (files | lists).items() if words.encode() in data}
+
+    assert {"/api/jobs/", str(command.output)} <= told(str(run))
+    assert any(Path(name).name.startswith("job-driver-") for name in told("phase1: finished"))
+    assert any("/logs/worker-" in name for name in files)
+    leaks = {secret: told(secret) for secret in (*PLANTED.values(), head.token)}
+    assert not any(leaks.values()), leaks
+    assert not [path for path in run.rglob("*") if path.is_file() and b"planted-" in path.read_bytes()]
 
 
 def test_nobody_gets_in_without_the_token(head, project, tmp_path):
