@@ -25,7 +25,7 @@ train=(
   --set data.root=/shared/data --set output_dir=/shared/runs/first
   --set ray.use_gpu=true --set ray.num_workers="$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))"
 )
-most_restarts=20 # of a driver that died; those at the time limit are free
+most_deaths=20 # of the driver since the last time limit; requeues at the time limit, and Slurm's own, are free
 
 export RAY_AUTH_MODE=token                            # ~/.ray/auth_token, the same file on every node
 export RAY_TMPDIR="${RAY_TMPDIR:-/tmp/ray_$(id -un)}" # on each node; /tmp/ray may be another user's
@@ -69,12 +69,27 @@ requeue() {
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 }
-restarts=${SLURM_RESTART_COUNT:-0}
+deaths_file="ray-pipeline-$SLURM_JOB_ID.deaths" # beside the log; there while the job is to go on
 case "$stopped $code" in
-  *" 0") exit 0 ;;
-  limit*) requeue "stopped before the time limit" ;;
-  asked*) exit 143 ;;
+  *" 0")
+    rm -f "$deaths_file"
+    exit 0
+    ;;
+  limit*)
+    rm -f "$deaths_file"
+    requeue "stopped before the time limit"
+    ;;
+  asked*) code=143 ;;
   *" 2") echo "wrong input, which no restart mends: see above" >&2 ;;
-  *) if ((restarts < most_restarts)); then requeue "the driver died (status $code)"; fi ;;
+  *)
+    deaths=0
+    if [[ -s $deaths_file ]]; then deaths=$(<"$deaths_file"); fi
+    deaths=$((deaths + 1))
+    if ((deaths <= most_deaths)); then
+      echo "$deaths" >"$deaths_file"
+      requeue "the driver died (status $code), $deaths of at most $most_deaths times"
+    fi
+    ;;
 esac
+rm -f "$deaths_file"
 exit "$code"

@@ -617,11 +617,12 @@ class Slurm:
         }.items():
             (bin_folder / name).write_text(f"#!/bin/bash\n{script}\n")
             (bin_folder / name).chmod(0o755)
+        self.deaths = folder / "ray-pipeline-4711.deaths"
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "VENV": str(folder / "venv"),
-            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_SUBMIT_DIR": str(folder),
             "SLURM_JOB_ID": "4711",
             "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_JOB_NUM_NODES": "2",
@@ -644,22 +645,35 @@ COMMITS = 'trap "exit 143" TERM; for _ in {1..200}; do sleep 0.05; done; exit 9'
 
 
 @pytest.mark.parametrize(
-    ("driver", "signal_name", "restarts", "status", "requeued"),
+    ("driver", "signal_name", "deaths", "status", "requeued", "deaths_after"),
     [
-        ("exit 0", None, "0", 0, False),
-        (COMMITS, "USR1", "0", 0, True),  # the time limit comes near
-        (COMMITS, "USR1", "999", 0, True),
-        (COMMITS, "TERM", "0", 143, False),  # somebody stops it
-        ("kill -9 $$", None, "0", 0, True),  # the driver dies
-        ("exit 1", None, "3", 0, True),
-        ("exit 1", None, "999", 1, False),
-        ("exit 2", None, "0", 2, False),  # wrong input
+        ("exit 0", None, None, 0, False, None),
+        ("exit 0", None, 3, 0, False, None),
+        (COMMITS, "USR1", None, 0, True, None),  # the time limit comes near
+        (COMMITS, "USR1", 20, 0, True, None),
+        (COMMITS, "TERM", 3, 143, False, None),  # somebody stops it
+        ("kill -9 $$", None, None, 0, True, 1),  # the driver dies
+        ("exit 1", None, 3, 0, True, 4),
+        ("exit 1", None, 19, 0, True, 20),
+        ("exit 1", None, 20, 1, False, None),
+        ("exit 2", None, 3, 2, False, None),  # wrong input
     ],
 )
-def test_slurm_requeues_a_run_that_can_go_on(driver, signal_name, restarts, status, requeued, tmp_path):
+def test_slurm_requeues_a_run_that_can_go_on(driver, signal_name, deaths, status, requeued, deaths_after, tmp_path):
     slurm = Slurm(tmp_path, driver)
-    assert slurm.run(signal_name, SLURM_RESTART_COUNT=restarts) == status
+    if deaths is not None:
+        slurm.deaths.write_text(f"{deaths}\n")
+    assert slurm.run(signal_name, SLURM_RESTART_COUNT="999") == status  # which counts time limits and lost nodes, too
     assert slurm.requeued.exists() == requeued
+    assert (int(slurm.deaths.read_text()) if slurm.deaths.exists() else None) == deaths_after
+
+
+def test_slurm_gives_up_a_driver_that_dies_at_once_every_time(tmp_path):
+    slurm, runs = Slurm(tmp_path, "exit 1"), 0
+    while slurm.run(SLURM_RESTART_COUNT=str(365 + runs)) == 0:  # after a year of daily time limits
+        runs += 1
+        assert len(slurm.requeued.read_text().split()) == runs
+    assert runs == 20
 
 
 def test_slurm_requeues_when_ray_did_not_start(tmp_path):
