@@ -1,4 +1,4 @@
-"""Beside a phase that trains: its progress line, its chart and the report, from the records that it writes.
+"""Beside a phase that trains: its progress line and its chart, from the records that it writes.
 
 Drawing takes seconds and the interpreter's lock, so it is done here, in the process that waits for the training.
 """
@@ -32,11 +32,10 @@ _BEGUN = ("started", "resumed")
 
 
 class Follower:
-    """A context manager around a phase. progress: show the line; report: keep the run's report.html up to date, too.
-    Leaving it draws the last state."""
+    """A context manager around a phase. progress: show the line. Leaving it draws the last state."""
 
-    def __init__(self, config: Config, phase: str, *, progress: bool, report: bool):
-        self.config, self.phase, self.show, self.report = config, phase, progress, report
+    def __init__(self, config: Config, phase: str, *, progress: bool):
+        self.config, self.phase, self.show = config, phase, progress
         self.run_dir = run_path(config.output_dir)
         self.progress: Progress | None = None
         self.read: dict[Path, tuple[int, int]] = {}  # of each file its inode, and how many bytes
@@ -136,8 +135,6 @@ class Follower:
     def _draw(self) -> None:
         started, self.changed = time.monotonic(), False
         self._guard("the chart cannot be drawn", lambda: self._draw_chart(None))
-        if self.report:
-            self._guard("report.html cannot be drawn", self._write_report)
         taken = time.monotonic() - started
         self.due_at = time.monotonic() + max(_PAUSE_SECONDS, _PAUSE_FACTOR * taken)
 
@@ -163,11 +160,6 @@ class Follower:
             plot_loss=monitoring.plot_loss,
             plot_lr=monitoring.plot_lr,
         )
-
-    def _write_report(self) -> None:
-        from ray_pipeline.monitoring.report import write_report
-
-        write_report(self.run_dir)
 
     def _state(self) -> PhaseState:
         """Without what is known of a run while its file is damaged: the worker that mends it goes on meanwhile."""

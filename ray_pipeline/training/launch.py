@@ -57,7 +57,7 @@ _NEWS_SECONDS, _ABORT_SECONDS = 5.0, 30.0
 def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None, show: bool = True) -> None:
     """Run one phase to its end on the Ray that is running.
 
-    board: where others may ask it to stop, default its own; show: a line of progress, and the run's report.
+    board: where others may ask it to stop, default its own; show: a line of progress.
 
     SIGINT and SIGTERM ask the workers to commit and to return, a second one, or ray.stop_timeout_seconds, ends the run
     at once. Raises RunStopped then; UserError with a worker's own words for wrong input, or when workers find no place
@@ -68,7 +68,7 @@ def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None
     phase = config.phases[job.phase]
     board = board or open_board(phase.name)
     committed = None
-    follower = Follower(config, phase.name, progress=show, report=show and config.monitoring.report)
+    follower = Follower(config, phase.name, progress=show)
     with follower, ending_noted(config, phase.name):  # the follower's last picture shows how it ended
         while True:
             attendance = Attendance(config, board)

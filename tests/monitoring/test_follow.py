@@ -37,26 +37,24 @@ def train(run_dir, first, last, kind="epoch"):
                 log.emit(CheckpointEvent(PHASE, step, 1, "step_10", kind, 0.1, 0.2))
 
 
-def test_the_end_of_a_phase_leaves_its_chart_the_one_of_a_kept_epoch_and_the_report(config, tmp_path):
-    with Follower(config, PHASE, progress=False, report=True):
+def test_the_end_of_a_phase_leaves_its_chart_and_the_one_of_a_kept_epoch(config, tmp_path):
+    with Follower(config, PHASE, progress=False):
         train(tmp_path, 1, 20)
     names = {path.name for path in (tmp_path / "plots" / PHASE).iterdir()}
     assert names == {"latest_progress.png", "training_progress_step_00000010.png"}
-    assert "newest 0.05 at step 20" in (tmp_path / "report.html").read_text()  # of the training loss
 
 
-def test_only_a_kept_epoch_has_a_chart_that_stays_and_a_report_is_made_where_it_is_asked_for(config, tmp_path):
-    with Follower(config, PHASE, progress=False, report=False):
+def test_only_a_kept_epoch_has_a_chart_that_stays(config, tmp_path):
+    with Follower(config, PHASE, progress=False):
         train(tmp_path, 1, 20, kind="safety")
     assert [path.name for path in (tmp_path / "plots" / PHASE).iterdir()] == ["latest_progress.png"]
-    assert not (tmp_path / "report.html").exists()
 
 
 def test_a_picture_that_cannot_be_written_is_told_once_and_nothing_else(config, tmp_path):
     (tmp_path / "plots").write_text("in the way")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with Follower(config, PHASE, progress=False, report=False):
+        with Follower(config, PHASE, progress=False):
             train(tmp_path, 1, 5)
     assert len([warning for warning in told if "the chart cannot be drawn" in str(warning.message)]) == 1
 
@@ -83,20 +81,19 @@ def test_records_that_cannot_be_read_for_a_while_are_followed_afterwards(config,
     train(tmp_path, 1, 1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with Follower(config, PHASE, progress=False, report=True):
+        with Follower(config, PHASE, progress=False):
             with unreadable(tmp_path / "logs" / "metrics.jsonl"):
                 wait_for_warning(told, "the records of the run cannot be read")
             train(tmp_path, 2, 20)
     assert len(told) == 1
     names = {path.name for path in (tmp_path / "plots" / PHASE).iterdir()}
     assert names == {"latest_progress.png", "training_progress_step_00000010.png"}
-    assert "newest 0.05 at step 20" in (tmp_path / "report.html").read_text()
 
 
 def test_a_state_that_cannot_be_read_for_a_while_delays_the_line_of_progress(config, tmp_path, capsys):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with Follower(config, PHASE, progress=True, report=False):
+        with Follower(config, PHASE, progress=True):
             with unreadable(tmp_path / "phase_state.json"):
                 train(tmp_path, 1, 1)
                 wait_for_warning(told, "the line of progress cannot be shown")
@@ -107,7 +104,7 @@ def test_a_state_that_cannot_be_read_for_a_while_delays_the_line_of_progress(con
 
 def test_what_a_resume_has_cut_and_written_again_between_two_looks_is_not_missed(config, tmp_path):
     train(tmp_path, 1, 15, kind="safety")
-    follower = Follower(config, PHASE, progress=False, report=False)
+    follower = Follower(config, PHASE, progress=False)
     train(tmp_path, 1, 20)  # cuts all of it, and is longer than what was known
     with follower:
         pass
@@ -116,7 +113,7 @@ def test_what_a_resume_has_cut_and_written_again_between_two_looks_is_not_missed
 
 def test_a_file_that_was_replaced_without_a_resume_tells_nothing_twice(config, tmp_path):
     train(tmp_path, 1, 20)
-    follower = Follower(config, PHASE, progress=False, report=False)
+    follower = Follower(config, PHASE, progress=False)
     with EventLog(tmp_path, PHASE):  # takes away what a kill left of a line
         pass
     with follower:
