@@ -7,8 +7,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import aiohttp
 from ray.exceptions import AuthenticationError
@@ -17,8 +17,11 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray_pipeline.errors import UserError
 from ray_pipeline.submission import Job, next_commands, on_one_line, refusal, submit_job
 
-#: how long a cluster that does not answer is asked again, how often, and how long a silent log is believed, in seconds
-_PATIENCE_SECONDS, _ASK_SECONDS, _SILENT_SECONDS = 600.0, 5.0, 60.0
+#: how long a cluster that does not answer is asked again, and how often, in seconds
+_PATIENCE_SECONDS, _ASK_SECONDS = 600.0, 5.0
+#: after so many seconds without a word of the log the job is asked after; after so many such silences in a row the log
+#: is read anew, which brings all of it again
+_SILENT_SECONDS, _MOST_SILENCES = 60.0, 10
 #: pauses before a job is submitted again, each twice the one before, in seconds
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
 #: failures without an exit status by which the driver, or its node, was lost
@@ -49,15 +52,16 @@ def attend_job(
     write: Write,
     say: Write,
     ask: Callable[[], bool],
+    silent_seconds: float = _SILENT_SECONDS,
 ) -> int:
     """Follow a job to its end; returns its exit status, 130 when Ctrl-C left it running.
 
     retries: how often a job whose driver died is submitted again; write: gets its log as it comes; say: gets a line of
-    ours; ask: after Ctrl-C, whether to stop the job too.
+    ours; ask: after Ctrl-C, whether to stop the job too; silent_seconds: how long a silent log is believed.
     """
     first, pause = job_id, _FIRST_PAUSE_SECONDS
     for retry in range(1, retries + 2):
-        ended = _follow_or_leave(client, job_id, write, say, ask)
+        ended = _follow_or_leave(_Log(client, job_id, write, say, silent_seconds), ask)
         if ended is None:
             return 128 + signal.SIGINT
         say(f"job {job_id} {ended.words}")
@@ -105,14 +109,13 @@ def how_it_ended(details: JobDetails | None) -> Ended:
     return Ended(f"was ended by {signal.Signals(number).name}", status, driver_died=number != signal.SIGINT)
 
 
-def _follow_or_leave(
-    client: JobSubmissionClient, job_id: str, write: Write, say: Write, ask: Callable[[], bool]
-) -> Ended | None:
+def _follow_or_leave(log: _Log, ask: Callable[[], bool]) -> Ended | None:
     """How a job ended, None when Ctrl-C left it."""
-    log, stopping = _Log(client, job_id, write, say), False
+    client, job_id, say, stopping = log.client, log.job_id, log.say, False
     while True:
         try:
-            return log.follow()
+            ended = log.follow()
+            return replace(ended, driver_died=ended.driver_died and not stopping)
         except KeyboardInterrupt:
             if stopping or not ask():
                 say(f"job {job_id} {'is being stopped' if stopping else 'goes on'} without this command")
@@ -131,16 +134,18 @@ def _follow_or_leave(
 class _Log:
     """The log of a job, each character written once, whatever breaks in between."""
 
-    def __init__(self, client: JobSubmissionClient, job_id: str, write: Write, say: Write):
+    def __init__(self, client: JobSubmissionClient, job_id: str, write: Write, say: Write, silent_seconds: float):
         self.client, self.job_id, self.write, self.say = client, job_id, write, say
+        self.silent_seconds = silent_seconds
         self.shown, self.line_ended = 0, True
 
     def follow(self) -> Ended:
         """Write the log as it comes until the job has ended."""
         broken = suppress(OSError, RuntimeError, aiohttp.ClientError, TimeoutError)  # what it means, the record tells
         while True:
-            with broken:
-                asyncio.run(self._stream())
+            with broken, asyncio.Runner() as runner:
+                if self._stream(runner):
+                    continue
             details = self._record()
             with broken:  # where no stream gets through, the log comes so
                 self._write_new(0, self.client.get_job_logs(self.job_id))
@@ -150,14 +155,29 @@ class _Log:
                 return how_it_ended(details)
             time.sleep(_ASK_SECONDS)
 
-    async def _stream(self) -> None:
-        """Returns when the job has ended; RuntimeError or ClientError when the connection breaks, TimeoutError when
-        nothing has come for a while: it may have been lost without a word."""
-        place = 0
-        async with aclosing(self.client.tail_job_logs(self.job_id)) as stream:
-            while (text := await asyncio.wait_for(anext(stream, None), _SILENT_SECONDS)) is not None:
-                self._write_new(place, text)
-                place += len(text)
+    def _stream(self, runner: asyncio.Runner) -> bool:
+        """Write the log as it comes until the job has ended, or, which is True, it was silent for so long that the
+        connection may have been lost without a word. RuntimeError or ClientError when the connection breaks."""
+        stream, place = self.client.tail_job_logs(self.job_id), 0
+
+        async def read() -> str | None:
+            return await anext(stream, None)
+
+        while True:
+            coming = runner.get_loop().create_task(read())
+            for _ in range(_MOST_SILENCES):
+                runner.run(asyncio.wait({coming}, timeout=self.silent_seconds))
+                if coming.done():
+                    break
+                details = self._record()
+                if details is None or details.status.is_terminal():
+                    return False
+            else:
+                return True
+            if (text := coming.result()) is None:
+                return False
+            self._write_new(place, text)
+            place += len(text)
 
     def _write_new(self, place: int, text: str) -> None:
         """Write what was not shown of a text that begins at character `place`."""
