@@ -25,8 +25,8 @@ from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.run_copy import run_path
 
 _POLL_SECONDS = 0.5
-#: between two drawings at least; and so many times as long as one takes, so that all of them take at most 1 %
-_PAUSE_SECONDS, _PAUSE_FACTOR = 20.0, 100
+#: between two drawings at least; and so many times as long as one takes, so that all of them take at most 0.5 %
+_PAUSE_SECONDS, _PAUSE_FACTOR = 20.0, 200
 _LEAST_PRIORITY = 19
 _BEGUN = ("started", "resumed")
 

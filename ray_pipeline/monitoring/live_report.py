@@ -17,8 +17,8 @@ from ray_pipeline.sweep_records import sweep_folder
 _POLL_SECONDS = 1.0
 #: between two pages at least, and at most while the command lives, so that an old page means that it does not
 _PAUSE_SECONDS, _MOST_SECONDS = 20.0, 600.0
-#: and so many times as long as one takes, so that all of them take at most 1 %
-_PAUSE_FACTOR = 100
+#: and so many times as long as one takes, so that all of them take at most 0.5 %
+_PAUSE_FACTOR = 200
 _LEAST_PRIORITY = 19
 
 
