@@ -67,8 +67,8 @@ TIMEOUT = 240
 BAD_STEPS = {"ray_pipeline_skipped_steps_total", "ray_pipeline_faults_total"}
 #: alerts that a tile without finite latents must raise
 EXPECTED_ALERTS = {"StepsAreSkipped", "SomethingWentWrong"}
-#: of Ray's dashboard; what it knows of Train it tells by its API alone
-TABS = ("Overview", "Jobs", "Serve", "Cluster", "Actors", "Metrics", "Logs", "Platform Events")
+#: of Ray's dashboard outside Kubernetes; what it knows of Train it tells by its API alone
+TABS = ("Overview", "Jobs", "Serve", "Cluster", "Actors", "Metrics", "Logs")
 ACTORS = ("TrainController", "RayTrainWorker", "Board", "MapWorker(MapBatches(Gather))")
 TENSORBOARD_CARDS = ("train/loss", "validation/loss/ema_decay_0.9", "checkpoint/seconds", "samples")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from functools import cache
 
@@ -42,16 +43,22 @@ COUNTERS = {
 }
 #: Ray takes over what a worker set last when it kills it, and shows it for another 20 s
 _STATUS = {"started": 0, "resumed": 0, "stopped": 1, "finished": 2}
+#: Ray forgets a gauge that nobody set for two of its reports, which are at least a second apart
+_REFRESH_SECONDS = 1.0
 
 
 class RayMetrics:
-    """Sink: the newest values of one phase. What is not finite is left out: a gauge holds its last value then."""
+    """Sink: the newest values of one phase, which it sets again and again until it is closed: steps, and validations
+    all the more, may be minutes apart. What is not finite is left out: a gauge holds its last value then."""
 
     def __init__(self, context: SinkContext):
         self._tags = {"run": context.run_name, "phase": context.phase}
         self._average: str | None = None
         self._total_steps = 0
         self._steps: deque[dict] = deque(maxlen=RECENT)
+        self._values: dict[str, tuple[str, float]] = {}
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        threading.Thread(target=self._refresh, daemon=True, name="ray-metrics").start()
 
     def emit(self, event: Event) -> None:
         if isinstance(event, StepEvent):
@@ -75,7 +82,14 @@ class RayMetrics:
             self._count("faults", 1)
 
     def close(self) -> None:
-        """Ray reports what was set until the process ends."""
+        """Ray reports the last values once more, even if the process is killed."""
+        self._closed.set()
+
+    def _refresh(self) -> None:
+        while not self._closed.wait(_REFRESH_SECONDS):
+            with self._lock:
+                for name, (words, value) in self._values.items():
+                    _gauge(name, words).set(value, tags=self._tags)
 
     def _emit_phase(self, event: PhaseEvent) -> None:
         if event.status in _STATUS:
@@ -86,7 +100,9 @@ class RayMetrics:
 
     def _set(self, name: str, words: str, value: float) -> None:
         if math.isfinite(value):
-            _gauge(name, words).set(value, tags=self._tags)
+            with self._lock:
+                self._values[name] = words, value
+                _gauge(name, words).set(value, tags=self._tags)
 
     def _count(self, name: str, number: int) -> None:
         if number:
