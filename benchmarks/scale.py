@@ -370,6 +370,8 @@ def storage_row(job: Job, a: Assumptions, row: Row, cost: StreamCost, store: Lat
         "object_store_written": on_node * each * job.sample_bytes,
         "object_store_read": on_node * each * job.sample_bytes,
         "chunks_per_second": on_node * chunks,
+        "read_seconds": cost.gather,
+        "open_seconds": cost.open,
         "gather_seconds": gather,
         "prepare_seconds": cost.prepare,
         "gather_cores": each * gather,
@@ -395,12 +397,18 @@ def checkpoint_row(job: Job, a: Assumptions, row: Row, cost: StreamCost) -> Row:
     }
 
 
-def coordinator_seconds(gpus: int, gpus_a_node: int) -> float:
+def coordinator_row(gpus: int, gpus_a_node: int) -> Row:
     """CPU seconds in which Ray Data's one actor takes in the streams of all ranks, nan where this Ray has none.
 
     It shares the nodes out anew at each: a pass over all streams and nodes. Timed with all there; passes before took
     less in proportion, so it is half of as many.
     """
+    one_pass = pass_seconds(gpus, gpus_a_node)
+    return {"pass_seconds": one_pass, "coordinator_seconds": gpus / 2 * one_pass}
+
+
+def pass_seconds(gpus: int, gpus_a_node: int) -> float:
+    """CPU seconds of one pass of Ray Data's coordinator with the streams of all ranks there."""
     try:
         from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as module
         from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import STANDARD_RESOURCE_TYPES
@@ -425,7 +433,7 @@ def coordinator_seconds(gpus: int, gpus_a_node: int) -> float:
             seconds.append(time.process_time() - started)
     except (AttributeError, TypeError):  # another Ray
         return math.nan
-    return gpus / 2 * min(seconds)
+    return min(seconds)
 
 
 def measure_stream(job: Job, folder: Path) -> StreamCost:
@@ -501,17 +509,23 @@ TABLES = {
         ("steps/s", COMPUTED, "steps_per_second", 1, -1),
         ("samples/s", COMPUTED, "samples_per_second", 1, 0),
     ),
-    "Plan and stream on the host": (
+    "Plan and stream, timed on this CPU": (
         _GPUS,
         *((f"plan, us|{size:,} rows", MEASURED, f"plan_seconds_{size}", 1e-6, 0) for size in PLANNED),
-        ("of the|step, %", COMPUTED, "plan_share", 0.01, 2),
-        ("gather, us|a sample", MEASURED, "gather_seconds", 1e-6, 0),
+        ("read, us|a sample", MEASURED, "read_seconds", 1e-6, 0),
+        ("open, us|a shard", MEASURED, "open_seconds", 1e-6, 0),
         ("prepare, us|a sample", MEASURED, "prepare_seconds", 1e-6, 0),
+        ("Ray Data's pass|over streams, ms", MEASURED, "pass_seconds", 1e-3, -1),
+    ),
+    "Plan and stream on the host": (
+        _GPUS,
+        ("plan, of|the step, %", COMPUTED, "plan_share", 0.01, 2),
+        ("gather, us|a sample", COMPUTED, "gather_seconds", 1e-6, 0),
         ("gather|cores/GPU", COMPUTED, "gather_cores", 1, 2),
         ("prepare|cores/GPU", COMPUTED, "prepare_cores", 1, 2),
         ("Ray|cores/GPU", COMPUTED, "ray_cores", 1, 3),
         ("in all|cores/node", COMPUTED, "node_cores", 1, 1),
-        ("Ray Data takes|streams in, s", MEASURED, "coordinator_seconds", 1, -1),
+        ("Ray Data takes|streams in, s", COMPUTED, "coordinator_seconds", 1, -1),
     ),
     "Storage and Ray's object store": (
         _GPUS,
@@ -592,7 +606,7 @@ def scale_rows(job: Job, a: Assumptions, cost: StreamCost, gpus: list[int]) -> l
         row |= plan_row(job, row)
         row |= storage_row(job, a, row, cost, store)
         row |= checkpoint_row(job, a, row, cost)
-        rows.append(row | {"coordinator_seconds": coordinator_seconds(number, a.gpus_a_node)})
+        rows.append(row | coordinator_row(number, a.gpus_a_node))
     return rows
 
 

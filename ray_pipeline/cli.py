@@ -14,12 +14,14 @@ from ray_pipeline.cli_data import add_data_commands
 from ray_pipeline.cli_inference import add_inference_commands
 from ray_pipeline.cli_submit import add_submit
 from ray_pipeline.cli_words import add_config, ascii_text, config_words, counts_in_words
-from ray_pipeline.errors import RunStopped, UserError
+from ray_pipeline.errors import TRY_AGAIN, WRONG_INPUT, RunStopped, UserError
+from ray_pipeline.storage import may_pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did what was asked, 1 for a wrong set-up, 2 for wrong input, 128 + the signal's number
-    for a stop (130 for Ctrl-C, 143 for SIGTERM)."""
+    """Run one command; 0 when it did what was asked, 1 for a wrong set-up, 2 for wrong input, 75 when a disk, the
+    network or a service refused and may not when it is run again, 128 + the signal's number for a stop (130 for Ctrl-C,
+    143 for SIGTERM)."""
     arguments = _parser().parse_args(argv)
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.job(arguments) or 0
     except UserError as error:
         print(f"error: {ascii_text(str(error))}", file=sys.stderr)
-        return 2
+        return TRY_AGAIN if error.passing else WRONG_INPUT
     except RunStopped as stopped:
         print(ascii_text(str(stopped)), file=sys.stderr)
         return stopped.exit_code
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"error: {ascii_text(str(error.filename))}: {error.strerror}; give a path that can be used", file=sys.stderr
         )
-        return 2
+        return TRY_AGAIN if may_pass(error) else WRONG_INPUT
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -1,12 +1,17 @@
 """The exceptions that are meant for a person, and how to find one inside what Ray raises."""
 
+import re
+
+#: exit statuses for a UserError: of wrong input, and of what may pass (EX_TEMPFAIL of sysexits.h)
+WRONG_INPUT, TRY_AGAIN = 2, 75
+
 
 class UserError(ValueError):
     """Wrong input: the message names the file or key, what was found, what was expected and what to do.
 
-    The command line prints it as one sentence and exits non-zero; any other exception is a defect of ours
-    and keeps its traceback. passing: it may be over when the same is tried again. superseded: somebody else goes on
-    with the run.
+    The command line prints it as one sentence and exits with WRONG_INPUT; any other exception is a defect of ours
+    and keeps its traceback. passing: it may be over when the same is tried again, and the exit status is TRY_AGAIN.
+    superseded: somebody else goes on with the run.
     """
 
     passing = False
@@ -44,8 +49,9 @@ def find_user_error(error: BaseException) -> UserError | None:
         pending.append(getattr(found, "controller_failure", None))
         pending += list(getattr(found, "worker_failures", {}).values())
     for found in seen.values():
-        for line in str(found).splitlines():
-            _, mark, message = line.partition("ray_pipeline.errors.UserError: ")
-            if mark:
-                return UserError(message)
+        told = re.search(r"ray_pipeline\.(?:errors\.User|storage\.(Storage))Error: (.*)", str(found))
+        if told:
+            error = UserError(told[2])
+            error.passing = told[1] is not None
+            return error
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -19,12 +20,22 @@ from ray_pipeline.passwords import uri_credential
 
 Data = bytes | bytearray | memoryview
 _STREAM_BYTES = 4 * 2**20
+#: what a disk says of a path that is wrong however often it is tried
+_LASTING = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM,
+    errno.EROFS,
+}  # fmt: skip
 
 
 class StorageError(UserError):
     """The disk, the network or the service refuses; the message names the file."""
 
     passing = True
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what a disk, the network or a service said may be over later: it is full, or does not answer."""
+    return not (isinstance(error, OSError) and error.errno in _LASTING)
 
 
 def is_uri(text: str) -> bool:
@@ -236,7 +247,9 @@ class Folder:
                 if self.local is not None
                 else "check the location, the credentials in the environment and the network"
             )
-            raise StorageError(f"{self.where(name).rstrip('/')} cannot be used ({_reason(error)}); {remedy}") from error
+            refused = StorageError(f"{self.where(name).rstrip('/')} cannot be used ({_reason(error)}); {remedy}")
+            refused.passing = may_pass(error)
+            raise refused from error
 
     def _path(self, name: str) -> str:
         return f"{self.opened[1].rstrip('/')}/{name}"

@@ -87,7 +87,7 @@ case "$stopped $code" in
     deaths=$((deaths + 1))
     if ((deaths <= most_deaths)); then
       echo "$deaths" >"$deaths_file"
-      requeue "the driver died (status $code), $deaths of at most $most_deaths times"
+      requeue "the driver ended with status $code, $deaths of at most $most_deaths times"
     fi
     ;;
 esac

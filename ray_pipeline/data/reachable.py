@@ -66,13 +66,13 @@ def _impatient(folder: Folder) -> fs.FileSystem:
 
 
 def _refuse(key: str, location: str, error: Exception | str) -> NoReturn:
-    """Raise the UserError that fits the words of `error`."""
+    """Raise the UserError that fits the words of `error`, a StorageError where it may pass."""
     where, found = f"{key}={shown(location)}", " ".join(str(error).split())
     if re.search(_NO_BUCKET, found):
         raise UserError(f"{where}: there is no such bucket; create it, or correct its name or the endpoint") from None
     reason = re.sub(r"^(.*?) cannot be used \((.*)\);.*$|^.*?\((.*)\);.*$", r"\1\3: \2", found).strip(": ")[:300]
     if re.search(_NO_ANSWER, found):
-        raise UserError(
+        raise StorageError(
             f"{where}: the endpoint does not answer ({reason}); correct endpoint_override=HOST:PORT and scheme=http or "
             "https behind the ? of the URI, or its region, or check the network"
         ) from None
@@ -81,6 +81,7 @@ def _refuse(key: str, location: str, error: Exception | str) -> NoReturn:
             f"{where}: access is denied ({reason}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
             "of somebody who may list, read and write there in the environment of every node"
         ) from None
-    raise UserError(
+    passes = not isinstance(error, UserError) or error.passing
+    raise (StorageError if passes else UserError)(
         f"{where} cannot be used ({reason}); check the location, the credentials in the environment and the network"
     ) from None

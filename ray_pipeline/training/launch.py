@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -28,7 +28,7 @@ from ray_pipeline.run_copy import refresh
 from ray_pipeline.storage import Folder
 from ray_pipeline.training.board import News, open_board
 from ray_pipeline.training.entry import train_on_worker
-from ray_pipeline.training.placement import check_resources, placement_in_words, uses_gpu, worker_resources
+from ray_pipeline.training.placement import NoRoom, check_resources, placement_in_words, uses_gpu, worker_resources
 from ray_pipeline.training.setup import PhaseJob, job_values
 from ray_pipeline.training.stopping import SIGNAL_NAMES, ControllerReports, signals_into
 
@@ -60,28 +60,35 @@ def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None
     board: where others may ask it to stop, default its own; show: a line of progress.
 
     SIGINT and SIGTERM ask the workers to commit and to return, a second one, or ray.stop_timeout_seconds, ends the run
-    at once. Raises RunStopped then; UserError with a worker's own words for wrong input, or when workers find no place
-    for ray.timeout_minutes; RuntimeError with a rank's traceback for anything else, after ray.max_failures since the
-    last time that a checkpoint was committed.
+    at once. Raises RunStopped then; UserError with a worker's own words for wrong input; NoRoom when workers find no
+    place for ray.timeout_minutes; after ray.max_failures since the last time that a checkpoint was committed a passing
+    UserError for storage that refuses, and RuntimeError with a rank's traceback for anything else.
     """
     check_resources(config)
     phase = config.phases[job.phase]
     board = board or open_board(phase.name)
-    committed = None
     follower = Follower(config, phase.name, progress=show)
     with follower, ending_noted(config, phase.name):  # the follower's last picture shows how it ended
-        while True:
-            attendance = Attendance(config, board)
-            refresh(config.output_dir)  # what this process wrote is there for the workers, and theirs for what follows
-            try:
-                attendance.attend(make_trainer(config, replace(job, stop=board)))
-                return
-            except RuntimeError:  # Train counts failures over all of its run, which may be a week
-                if attendance.news.committed == committed:
-                    raise
-                committed = attendance.news.committed
-            finally:
-                refresh(config.output_dir)
+        fit_to_the_end(config, board, lambda: make_trainer(config, replace(job, stop=board)))
+
+
+def fit_to_the_end(config: Config, board: ActorHandle, make: Callable[[], ray.train.torch.TorchTrainer]) -> None:
+    """Fit the trainers that `make` gives until one finishes, or fails though no checkpoint was committed in it: Train
+    counts failures over all of its run, which may be a week. Raises as `run_phase` does."""
+    committed = None
+    while True:
+        attendance = Attendance(config, board)
+        refresh(config.output_dir)  # what this process wrote is there for the workers, and theirs for what follows
+        try:
+            attendance.attend(make())
+            return
+        except (RuntimeError, UserError) as error:
+            no_failure = isinstance(error, NoRoom) or (isinstance(error, UserError) and not error.passing)
+            if no_failure or attendance.news.committed == committed:
+                raise
+            committed = attendance.news.committed
+        finally:
+            refresh(config.output_dir)
 
 
 def make_trainer(config: Config, job: PhaseJob) -> ray.train.torch.TorchTrainer:
@@ -205,7 +212,7 @@ class Attendance:
 
     def _check_placed(self) -> None:
         if self.stopped_by is None and self.news.unplaced_seconds > 60 * self.config.ray.timeout_minutes:
-            raise UserError(
+            raise NoRoom(
                 f"the workers found no place for ray.timeout_minutes={self.config.ray.timeout_minutes:g}: "
                 f"{placement_in_words(self.config)}; end what else runs there, add nodes, lower ray.num_workers, or "
                 "allow more time"

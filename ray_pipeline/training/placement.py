@@ -44,6 +44,12 @@ def encoder_resources(config: Config) -> dict[str, float]:
     return {"CPU": ENCODER_CPUS} | ({"GPU": config.vae.gpus_per_actor or 1.0} if uses_gpu(config) else {})
 
 
+class NoRoom(UserError):
+    """There was no place for the workers for ray.timeout_minutes; who holds it may leave."""
+
+    passing = True
+
+
 def check_resources(config: Config) -> None:
     """UserError when the running Ray can never hold the workers, at least as few as may train, and their streams, or
     these streams take more than ray.data_cpus. With ray.autoscaling what it will hold is not known."""
@@ -81,7 +87,7 @@ def await_room(config: Config, each: dict[str, float], count: int, who: str) -> 
     """Wait until the running Ray has `count` times `each` free at once, as ray.placement_strategy wants it, and so let
     an autoscaler add the nodes; take nothing. who: those that it is for, in words.
 
-    UserError after ray.timeout_minutes; at once where no node is large enough, and none that is will come.
+    NoRoom after ray.timeout_minutes; a UserError at once where no node is large enough, and none that is will come.
     """
     settings = config.ray
     if not (settings.autoscaling or any(rooms_by_node(each).values())):
@@ -92,7 +98,7 @@ def await_room(config: Config, each: dict[str, float], count: int, who: str) -> 
         while not group.wait(_POLL_SECONDS):  # which no signal interrupts
             if time.monotonic() > until:
                 free = {name: ray.available_resources().get(name, 0) for name in each}
-                raise UserError(
+                raise NoRoom(
                     f"in ray.timeout_minutes={settings.timeout_minutes:g} there was no room for {who}, {count} times "
                     f"{in_words(each)}; this Ray has {in_words(free)} free ({_nodes_in_words(each)}): end what else "
                     "runs there, add nodes, or ask for less"

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -43,12 +44,13 @@ def refusing(aws_environment) -> Iterator[str]:
     thread.join()
 
 
-def told(location: str, key: str = "data.root") -> str:
-    """The error, which comes soon and in one sentence."""
+def told(location: str, key: str = "data.root", *, passing: bool = False) -> str:
+    """The error, which comes soon and in one sentence; passing: it may be over later."""
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         check_reachable(key, location)
     assert time.monotonic() - start < 10
+    assert error.value.passing == passing
     text = str(error.value)
     assert re.match(rf"{key}={location.partition('?')[0]}[: ]", text)  # not what stands behind the ?
     assert "\n" not in text
@@ -82,7 +84,7 @@ def test_an_endpoint_where_nothing_listens_or_speaks_another_protocol(s3_server,
         free.bind(("127.0.0.1", 0))
         dead = f"127.0.0.1:{free.getsockname()[1]}"
     endpoint = dead if scheme == "http" else urlsplit(s3_server.endpoint).netloc
-    text = told(f"s3://tests/data?endpoint_override={endpoint}&scheme={scheme}")
+    text = told(f"s3://tests/data?endpoint_override={endpoint}&scheme={scheme}", passing=True)
     assert "the endpoint does not answer (" in text
     assert "correct endpoint_override=HOST:PORT and scheme=http or https" in text
 
@@ -105,7 +107,11 @@ def test_what_is_refused_later_names_its_key_and_file(s3_server):
 
 def test_errors_of_a_disk_and_of_the_data_pass(tmp_path, s3):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be used"), naming("data.root", str(tmp_path)):
+    with pytest.raises(StorageError, match="cannot be used") as error, naming("data.root", str(tmp_path)):
         Folder(tmp_path / "file").names()
+    assert not error.value.passing  # it is a file, however often it is asked for
+    with pytest.raises(StorageError, match="No space left") as error, Folder(tmp_path).reaching("file"):
+        Path("/dev/full").write_text("more than there is room for")
+    assert error.value.passing
     with pytest.raises(UserError, match=r"^a tile is bad$"), naming("data.root", s3):
         raise UserError("a tile is bad")

@@ -92,7 +92,8 @@ def test_wrong_input_is_told_in_one_sentence(ray_cluster, tiny_data, tiny_autoen
     settings = [*SMALL, f"data.root={data}", f"vae.pretrained={autoencoder}", f"output_dir={tmp_path / 'run'}"]
     settings += spoil(data, autoencoder)
     words = [word for setting in settings for word in ("--set", setting)]
-    assert main(["train", "--config", str(ROOT / "configs/demo.yaml"), *words]) != 0
+    # an endpoint that does not answer may do so when it is asked again
+    assert main(["train", "--config", str(ROOT / "configs/demo.yaml"), *words]) == (75 if spoil is spoil_uri else 2)
     error = capfd.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, error

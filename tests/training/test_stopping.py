@@ -16,8 +16,8 @@ import ray
 from ray_pipeline.config import parse_config
 from ray_pipeline.errors import RunStopped, UserError
 from ray_pipeline.training.board import open_board
-from ray_pipeline.training.launch import Attendance, make_trainer
-from ray_pipeline.training.placement import check_resources, groups_that_fit
+from ray_pipeline.training.launch import Attendance, fit_to_the_end, make_trainer
+from ray_pipeline.training.placement import NoRoom, check_resources, groups_that_fit
 from ray_pipeline.training.setup import PhaseJob
 
 
@@ -187,10 +187,35 @@ def test_a_worker_trains_on_without_its_board_and_wrong_input_ends_the_run_witho
     assert (tmp_path / "ended").read_text() == ""
 
 
+def test_failures_are_counted_anew_after_a_commit_and_storage_that_refuses_may_be_tried_again(ray_cluster, tmp_path):
+    def loop(board, folder):
+        from ray_pipeline.storage import StorageError
+        from ray_pipeline.training.stopping import StopWatch
+
+        with (folder / "starts").open("a") as file:
+            file.write("started\n")
+        if (folder / "starts").read_text().count("started") == 1:
+            with StopWatch(board) as watch:
+                watch.committed(1, "step_1")
+        raise StorageError("s3://bucket/run/step_1 cannot be used (it does not answer); check the network")
+
+    config, board = config_of(tmp_path, max_failures=0), open_board("test")
+
+    def make():
+        trainer = make_trainer(config, PhaseJob({}, 0, "", None, stop=board))
+        trainer.train_loop_per_worker = lambda job: loop(job["stop"], tmp_path)
+        return trainer
+
+    with pytest.raises(UserError, match=r"^s3://bucket/run/step_1 cannot be used") as raised:
+        fit_to_the_end(config, board, make)
+    assert (tmp_path / "starts").read_text() == "started\n" * 2
+    assert raised.value.passing
+
+
 def test_workers_that_find_no_place_are_waited_for_so_long_and_the_words_say_what_is_free(ray_cluster, tmp_path):
     taken = ray.remote(num_cpus=5)(type("Other", (), {})).remote()
     try:
-        with pytest.raises(UserError, match=r"no place for ray.timeout_minutes=0.05: .* 4 CPU a worker.* 1 CPU free"):
+        with pytest.raises(NoRoom, match=r"no place for ray.timeout_minutes=0.05: .* 4 CPU a worker.* 1 CPU free"):
             attend(tmp_path, loop_for_ever(), cpus_per_worker=4, timeout_minutes=0.05)
     finally:
         ray.kill(taken)
@@ -245,7 +270,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from ray_pipeline.config import parse_config
-from ray_pipeline.training.launch import Attendance, make_trainer
+from ray_pipeline.training.launch import Attendance, fit_to_the_end, make_trainer
 from ray_pipeline.training.setup import PhaseJob
 from ray_pipeline.training.board import open_board
 
