@@ -41,13 +41,14 @@ bench: $(STAMP)  ## full-size figures; needs 16 GB of free memory and nothing el
 	$(BIN)/python benchmarks/choices.py hint-control
 	$(BIN)/python benchmarks/choices.py noisy-hints
 
-drill: $(STAMP)  ## kill -9 of the encode job and of training at random moments, nodes that come and go, sweeps, the report, TensorBoard and Ray's dashboard in a browser, a network that is cut; wants root, chromium, prometheus; over an hour
+drill: $(STAMP)  ## kill -9 of the encode job and of training at random moments, nodes that come and go, sweeps, the demo as a job, the report, TensorBoard and Ray's dashboard in a browser, a network that is cut; wants root, chromium, prometheus; over an hour
 	$(BIN)/python benchmarks/drill_encode.py --kills 10
 	$(BIN)/python benchmarks/drill_training.py
 	$(BIN)/python benchmarks/drill_elastic.py
 	$(BIN)/python benchmarks/drill_sweep.py
 	$(BIN)/python benchmarks/drill_report.py
 	$(BIN)/python benchmarks/drill_monitoring.py
+	$(BIN)/python benchmarks/drill_job.py
 	$(BIN)/python benchmarks/drill_network.py
 
 clean-demo:

@@ -114,7 +114,7 @@ def test_a_job_whose_driver_is_killed_is_submitted_again_and_its_words_are_no_co
     assert not [found for place in places for found in place.rglob("pwned*") if found.is_file()]
 
 
-def test_plain_ray_job_submit_trains_the_demo_from_the_repository_and_a_stop_commits(head, project, tmp_path):
+def test_plain_ray_job_submit_trains_from_the_repository_and_a_stop_commits(head, project, tmp_path):
     run = tmp_path / "run"
     tiny = yaml.safe_load((project / "config.yaml").read_text())
     settings = {section: tiny[section] for section in ("data", "model", "ema", "train", "monitoring", "vae", "ray")}
@@ -209,7 +209,9 @@ def test_a_log_whose_connection_breaks_is_shown_once_and_whole(head, project, co
 
 def test_no_log_and_no_list_holds_a_secret_of_the_environment(head, project, tmp_path):
     run = tmp_path / "run"
-    command = start(head, project, "--config", "config.yaml", "--set", f"output_dir={run}", "--wait")
+    shown = [f"monitoring.{name}=true" for name in ("report", "tensorboard", "plot_loss")]
+    words = [word for setting in (*shown, f"output_dir={run}") for word in ("--set", setting)]
+    command = start(head, project, "--config", "config.yaml", *words, "--wait")
     command.until(lambda: checkpoints(run))
     assert head.driver(command.job_id).environ().items() >= (PLANTED | {"RAY_AUTH_TOKEN": head.token}).items()
     assert command.end() == 0, command.said
@@ -226,7 +228,9 @@ def test_no_log_and_no_list_holds_a_secret_of_the_environment(head, project, tmp
     assert any("/logs/worker-" in name for name in files)
     leaks = {secret: told(secret) for secret in (*PLANTED.values(), head.token)}
     assert not any(leaks.values()), leaks
-    assert not [path for path in run.rglob("*") if path.is_file() and b"planted-" in path.read_bytes()]
+    written = [path for path in run.rglob("*") if path.is_file()]
+    assert {"report.html", "config.yaml", "latest_progress.png"} <= {path.name for path in written}
+    assert not [path for path in written if b"planted-" in path.read_bytes()]
 
 
 def test_nobody_gets_in_without_the_token(head, project, tmp_path):
