@@ -1,13 +1,14 @@
 """What all monitoring together costs a step: DiT-S/8 with every sink, charts and the report, and with none of them.
 
-    python benchmarks/monitoring.py [--steps 120] [--rounds 2]
+    python benchmarks/monitoring.py [--steps 400] [--rounds 2]
 
 Each round trains twice in turn, on the same latents and from the same start: with a record every 10 steps for every
 sink, and with one record in the middle and one at the end for none but metrics.jsonl. Compared are the means of the own
 seconds of the steps in the second half, as the records tell them: sinks and charts have loaded their libraries by then.
 Logging and saving are included; validation and the drawing of samples are left out (the config asks for them, at an
-epoch's end), what sinks do with the pictures is not. Prints a line a run and the ratio of the means. Exits 1 where that
-is more than 1 %.
+epoch's end), what sinks do with the pictures is not. Prints a line a run, with the charts and pages that were drawn
+while its compared steps ran, and the ratio of the means. Exits 1 where that is more than 1 %, or where a run with
+monitoring drew none of one kind meanwhile: they come so seldom that few steps tell nothing of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import ray
@@ -42,15 +47,17 @@ ray: {{use_gpu: false}}
 _OFF = {"tensorboard": "false", "ray_metrics": "false", "report": "false", "plot_loss": "false", "plot_lr": "false"}
 _ON = {"wandb": "offline", "log_every_n_steps": "10"}
 _MOST = 0.01
+_DRAWN = {"charts": f"plots/{PHASE}/latest_progress.png", "pages": "report.html"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=120, help="a multiple of 20")
+    parser.add_argument("--steps", type=int, default=400, help="a multiple of 20")
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "WANDB_ERROR_REPORTING": "false"}
     seconds: dict[str, list[float]] = {"off": [], "on": []}
+    unseen: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         made = simulate(work / "data", fields=40, seed=3, field_size=1024, tile_size=512, val_fraction=0.25)
@@ -60,17 +67,54 @@ def main() -> int:
             for name, settings in (("off", _OFF | {"log_every_n_steps": arguments.steps // 2}), ("on", _ON)):
                 out = work / f"{name}_{round_}"
                 words = [f"output_dir={out}"] + [f"monitoring.{key}={value}" for key, value in settings.items()]
-                pipeline.train(load_config(path, words), say=lambda words: None)
+                with watched(out) as drawn:
+                    pipeline.train(load_config(path, words), say=lambda words: None)
                 records = read_events(out, PHASE, "step")
                 before = [0] + [record["step"] for record in records]
                 late = [pair for pair in zip(records, before, strict=False) if pair[1] >= arguments.steps // 2]
                 weights = [record["step"] - step for record, step in late]
                 seconds[name].append(statistics.fmean((record["step_seconds"] for record, _ in late), weights))
-                print(f"{name:<4} {seconds[name][-1]:.3f} s a step, {before[-1]} steps", flush=True)
+                end = moment(late[-1][0])
+                begin = end - sum(
+                    record["step_seconds"] * weight for (record, _), weight in zip(late, weights, strict=True)
+                )
+                meanwhile = {kind: sum(begin <= when <= end for when in drawn[kind]) for kind in _DRAWN}
+                unseen |= {kind for kind in _DRAWN if name == "on" and not meanwhile[kind]}
+                told = ", ".join(f"{number} {kind}" for kind, number in meanwhile.items())
+                print(f"{name:<4} {seconds[name][-1]:.3f} s a step, {before[-1]} steps; {told}", flush=True)
     off, on = (statistics.fmean(seconds[name]) for name in ("off", "on"))
     print(f"all monitoring: {100 * (on / off - 1):+.2f} % of a step ({off:.3f} s without, {on:.3f} s with)")
     ray.shutdown()
-    return 1 if on > (1 + _MOST) * off else 0
+    if unseen:
+        print(f"a run drew no {' and no '.join(sorted(unseen))} in its second half: give it more --steps")
+    return 1 if on > (1 + _MOST) * off or unseen else 0
+
+
+@contextmanager
+def watched(run: Path) -> Iterator[dict[str, list[float]]]:
+    """For the length of the block; yields when each kind was drawn, in seconds since 1970."""
+    drawn: dict[str, list[float]] = {kind: [] for kind in _DRAWN}
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            for kind, name in _DRAWN.items():
+                when = (run / name).stat().st_mtime if (run / name).exists() else None
+                if when is not None and when not in drawn[kind][-1:]:
+                    drawn[kind].append(when)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield drawn
+    finally:
+        ended.set()
+        thread.join()
+
+
+def moment(record: dict) -> float:
+    """When it was told, in seconds since 1970."""
+    return datetime.fromisoformat(record["time"]).timestamp()
 
 
 if __name__ == "__main__":
