@@ -63,13 +63,13 @@ def _submit(arguments) -> int:
         pip=arguments.pip,
     )
     client = connect(arguments.address)
-    job_id = submit_job(client, job)
-    _say(f"job       {job_id}")
-    for line in next_commands(client, job_id):
+    submit_job(client, job)
+    _say(f"job       {job.job_id}")
+    for line in next_commands(client, job.job_id):
         _say(line)
     if not (arguments.wait or arguments.retries):
         return 0
-    return attend_job(client, job, job_id, retries=arguments.retries, write=_write, say=_say, ask=ask_to_stop)
+    return attend_job(client, job, retries=arguments.retries, write=_write, say=_say, ask=ask_to_stop)
 
 
 def _write(text: str) -> None:

@@ -15,7 +15,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.submission import Job, next_commands, on_one_line, refusal, submit_job
+from ray_pipeline.submission import Job, job_record, next_commands, on_one_line, refusal, submit_job
 
 #: how long a cluster that does not answer is asked again, and how often, in seconds
 _PATIENCE_SECONDS, _ASK_SECONDS = 600.0, 5.0
@@ -46,7 +46,6 @@ class Ended:
 def attend_job(
     client: JobSubmissionClient,
     job: Job,
-    job_id: str,
     *,
     retries: int = 0,
     write: Write,
@@ -54,17 +53,17 @@ def attend_job(
     ask: Callable[[], bool],
     silent_seconds: float = _SILENT_SECONDS,
 ) -> int:
-    """Follow a job to its end; returns its exit status, 130 when Ctrl-C left it running.
+    """Follow a submitted job to its end; returns its exit status, 130 when Ctrl-C left it running.
 
     retries: how often a job whose driver died is submitted again; write: gets its log as it comes; say: gets a line of
     ours; ask: after Ctrl-C, whether to stop the job too; silent_seconds: how long a silent log is believed.
     """
-    first, pause = job_id, _FIRST_PAUSE_SECONDS
+    first, pause = job.job_id, _FIRST_PAUSE_SECONDS
     for retry in range(1, retries + 2):
-        ended = _follow_or_leave(_Log(client, job_id, write, say, silent_seconds), ask)
+        ended = _follow_or_leave(_Log(client, job.job_id, write, say, silent_seconds), ask)
         if ended is None:
             return 128 + signal.SIGINT
-        say(f"job {job_id} {ended.words}")
+        say(f"job {job.job_id} {ended.words}")
         if not ended.driver_died or retry > retries:
             break
         say(f"its driver died: submitted again in {pause:g} s, retry {retry} of {retries}")
@@ -74,8 +73,9 @@ def attend_job(
             say("not submitted again")
             return 128 + signal.SIGINT
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-        job_id = _submit_when_it_answers(client, job.again(retry, first), say)
-        say(f"job {job_id} goes on with the run of job {first}")
+        job = job.again(retry, first)
+        _submit_when_it_answers(client, job, say)
+        say(f"job {job.job_id} goes on with the run of job {first}")
     return ended.exit_status
 
 
@@ -191,12 +191,10 @@ class _Log:
         deadline, minutes, said = time.monotonic() + _PATIENCE_SECONDS, _PATIENCE_SECONDS / 60, False
         while True:
             try:
-                return self.client.get_job_info(self.job_id)
+                return job_record(self.client, self.job_id)
             except AuthenticationError as error:
                 raise refusal(error) from error
             except (OSError, RuntimeError, ValueError) as error:
-                if "status code 404" in str(error):
-                    return None
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"the cluster has not answered for {minutes:g} minutes ({on_one_line(error)}); job "
@@ -208,7 +206,7 @@ class _Log:
             time.sleep(_ASK_SECONDS)
 
 
-def _submit_when_it_answers(client: JobSubmissionClient, job: Job, say: Write) -> str:
+def _submit_when_it_answers(client: JobSubmissionClient, job: Job, say: Write) -> None:
     """Submit a job to a cluster that may have lost a node, or its head, a moment ago."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:

@@ -7,13 +7,14 @@ import math
 import os
 import re
 import shlex
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobDetails, JobSubmissionClient
 
 import ray_pipeline
 from ray_pipeline.config import Config, load_config
@@ -36,13 +37,19 @@ _TALKATIVE = (
 )
 
 
+def _new_id() -> str:
+    return f"raypipeline_{uuid.uuid4().hex[:16]}"
+
+
 @dataclass(frozen=True)
 class Job:
-    """What Ray's job API is given: the words of the entry point, the runtime environment and the metadata."""
+    """What Ray's job API is given: the words of the entry point, the runtime environment, the metadata and the
+    submission id, by which a cluster starts the job once."""
 
     words: tuple[str, ...]
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
+    job_id: str = field(default_factory=_new_id)
 
     @property
     def entrypoint(self) -> str:
@@ -53,7 +60,10 @@ class Job:
         """The job after its driver died: it goes on with the run, or begins it where nothing was begun."""
         words = tuple(word for word in self.words if not word.startswith("--resume"))
         return replace(
-            self, words=(*words, "--resume=auto"), metadata=self.metadata | {"retry": str(retry), "retry_of": first}
+            self,
+            words=(*words, "--resume=auto"),
+            metadata=self.metadata | {"retry": str(retry), "retry_of": first},
+            job_id=_new_id(),
         )
 
 
@@ -158,14 +168,40 @@ def connect(address: str | None) -> JobSubmissionClient:
         ) from error
 
 
-def submit_job(client: JobSubmissionClient, job: Job) -> str:
-    """Upload the working directory and start the job; returns its submission id. UserError where Ray refuses."""
+def submit_job(client: JobSubmissionClient, job: Job) -> None:
+    """Upload the working directory and start the job; of a job that the cluster has already, nothing.
+
+    UserError where Ray refuses, or does not answer.
+    """
     try:
-        return client.submit_job(entrypoint=job.entrypoint, runtime_env=job.runtime_env, metadata=dict(job.metadata))
+        client.submit_job(
+            entrypoint=job.entrypoint,
+            runtime_env=job.runtime_env,
+            metadata=dict(job.metadata),
+            submission_id=job.job_id,
+        )
     except AuthenticationError as error:
         raise refusal(error) from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"the cluster did not take the job ({on_one_line(error)})") from error
+        try:
+            taken = job_record(client, job.job_id) is not None  # now or before: the answer alone was lost
+        except (OSError, RuntimeError, ValueError, AuthenticationError):
+            raise UserError(
+                f"whether the cluster took job {job.job_id} is not known ({on_one_line(error)}); see `ray job list` "
+                "before you submit it again"
+            ) from error
+        if not taken:
+            raise UserError(f"the cluster did not take the job ({on_one_line(error)})") from error
+
+
+def job_record(client: JobSubmissionClient, job_id: str) -> JobDetails | None:
+    """What the cluster says of a job; None when it does not know it."""
+    try:
+        return client.get_job_info(job_id)
+    except RuntimeError as error:
+        if "status code 404" in str(error):
+            return None
+        raise
 
 
 def next_commands(client: JobSubmissionClient, job_id: str) -> list[str]:

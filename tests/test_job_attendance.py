@@ -11,33 +11,38 @@ import pytest
 from aiohttp import WSCloseCode, web
 from ray.job_submission import JobSubmissionClient
 
+from ray_pipeline.errors import UserError
 from ray_pipeline.job_attendance import attend_job
-from ray_pipeline.submission import Job
+from ray_pipeline.submission import Job, submit_job
 
 SILENT_SECONDS = 0.05
 
 
 class Dashboard:
-    """The API for one job. tail: what it does with a websocket that follows the log; asked: how often each path was."""
+    """The API, with a job that runs. tail: what it does with a websocket that follows the log; asked: how often each
+    path was; jobs: records by id; refuses: to take one; lost: so many answers of /api/jobs to come get lost."""
 
-    def __init__(self, tail: Callable):
+    def __init__(self, tail: Callable | None = None):
         self.tail, self.asked, self.log = tail, Counter(), ""
+        self.lost, self.refuses = 0, False
         self.record = {"type": "SUBMISSION", "entrypoint": "train", "status": "RUNNING"}
+        self.jobs = {"a": self.record}
         self.loop, self.ready = asyncio.new_event_loop(), threading.Event()
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
         assert self.ready.wait(30)
 
     def _serve(self) -> None:
-        application = web.Application()
+        application = web.Application(middlewares=[self._lose])
         application.add_routes(
             [
                 web.get("/api/version", self._answer(lambda: {"version": "4", "ray_version": "2.50.0"})),
-                web.get("/api/jobs/a", self._answer(lambda: self.record)),
+                web.get("/api/packages/gcs/{name}", self._answer(dict)),
+                web.get("/api/jobs/{job_id}", self._tell),
                 web.get("/api/jobs/a/logs", self._answer(lambda: {"logs": self.log})),
                 web.get("/api/jobs/a/logs/tail", self._follow),
                 web.post("/api/jobs/a/stop", self._answer(self._stop)),
-                web.post("/api/jobs/", self._answer(lambda: {"job_id": "b", "submission_id": "b"})),
+                web.post("/api/jobs/", self._take),
             ]
         )
         runner = web.AppRunner(application, shutdown_timeout=0)
@@ -48,6 +53,31 @@ class Dashboard:
         self.ready.set()
         self.loop.run_forever()
         self.loop.run_until_complete(runner.cleanup())
+
+    @web.middleware
+    async def _lose(self, request: web.Request, handler: Callable) -> web.StreamResponse:
+        answer = await handler(request)
+        if self.lost and request.path.startswith("/api/jobs/"):
+            self.lost -= 1
+            request.transport.close()
+        return answer
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        self.asked[f"{request.method} {request.path}"] += 1
+        job_id = request.match_info["job_id"]
+        if job_id not in self.jobs:
+            return web.Response(status=404, text=f"Job {job_id} does not exist")
+        return web.json_response(self.jobs[job_id])
+
+    async def _take(self, request: web.Request) -> web.Response:
+        self.asked[f"{request.method} {request.path}"] += 1
+        job_id = (await request.json())["submission_id"]
+        if self.refuses:
+            return web.Response(status=400, text="no such runtime environment")
+        if job_id in self.jobs:
+            return web.Response(status=500, text=f"Job with submission_id {job_id} already exists.")
+        self.jobs[job_id] = dict(self.record)
+        return web.json_response({"job_id": job_id, "submission_id": job_id})
 
     def _answer(self, content: Callable[[], dict]) -> Callable:
         async def answer(request: web.Request) -> web.Response:
@@ -83,27 +113,39 @@ class Dashboard:
 
 
 @pytest.fixture
-def follow(monkeypatch) -> Iterator[Callable]:
-    """(tail, **words of `attend_job`) -> its exit status, what it wrote, what it said, and the Dashboard."""
+def start(monkeypatch) -> Iterator[Callable]:
+    """(tail) -> a Dashboard and a client of it."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
     started = []
 
-    def run(tail: Callable, **words):
-        dashboard = Dashboard(tail)
-        started.append(dashboard)
-        written, said = [], []
-        job = Job(words=("train",), runtime_env={}, metadata={})
-        client = JobSubmissionClient(dashboard.url)
-        status = attend_job(
-            client, job, "a", write=written.append, say=said.append, silent_seconds=SILENT_SECONDS,
-            **({"ask": lambda: False} | words),
-        )  # fmt: skip
-        return status, "".join(written), said, dashboard
+    def run(tail: Callable | None = None):
+        started.append(Dashboard(tail))
+        return started[-1], JobSubmissionClient(started[-1].url)
 
     yield run
     for dashboard in started:
         dashboard.stop()
+
+
+@pytest.fixture
+def follow(start) -> Callable:
+    """(tail, **words of `attend_job`) -> its exit status, what it wrote, what it said, and the Dashboard."""
+
+    def run(tail: Callable, **words):
+        dashboard, client = start(tail)
+        written, said = [], []
+        status = attend_job(
+            client, a_job("a"), write=written.append, say=said.append, silent_seconds=SILENT_SECONDS,
+            **({"ask": lambda: False} | words),
+        )  # fmt: skip
+        return status, "".join(written), said, dashboard
+
+    return run
+
+
+def a_job(job_id: str) -> Job:
+    return Job(words=("train",), runtime_env={}, metadata={}, job_id=job_id)
 
 
 def test_of_a_silent_job_the_record_is_asked_for_and_the_log_is_not_sent_again(follow):
@@ -164,3 +206,23 @@ def test_a_job_that_was_asked_to_stop_is_not_submitted_again_whatever_ends_it(fo
     assert status == 137, said
     assert dashboard.asked["POST /api/jobs/a/stop"] == 1
     assert dashboard.asked["POST /api/jobs/"] == 0
+
+
+def test_a_job_whose_answer_was_lost_is_not_started_twice(start):
+    dashboard, client = start()
+    dashboard.lost = 1  # the answer to the job
+    submit_job(client, a_job("b"))
+    assert dashboard.asked["POST /api/jobs/"] == 1
+    dashboard.lost = 2  # and the one to the question after it
+    with pytest.raises(UserError, match="whether the cluster took job c is not known"):
+        submit_job(client, a_job("c"))
+    submit_job(client, a_job("c"))
+    assert sorted(dashboard.jobs) == ["a", "b", "c"]
+    assert dashboard.asked["POST /api/jobs/"] == 3
+
+
+def test_a_job_that_the_cluster_refuses_is_not_taken_for_one_whose_answer_was_lost(start):
+    dashboard, client = start()
+    dashboard.refuses = True
+    with pytest.raises(UserError, match=r"the cluster did not take the job .*no such runtime environment"):
+        submit_job(client, a_job("b"))
