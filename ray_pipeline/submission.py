@@ -7,12 +7,15 @@ import math
 import os
 import re
 import shlex
+import tempfile
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import create_package
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
@@ -29,12 +32,10 @@ from ray_pipeline.storage import Folder, shown
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 #: what a driver may need beyond ray.stop_timeout_seconds: to end the controller, draw the report, leave Ray
 _STOP_MARGIN_SECONDS = 90
+#: of an archive that Ray uploads as it is
+_PACKAGE = "working_dir.zip"
 #: parts of Ray that tell of each upload and connection
-_TALKATIVE = (
-    "ray._private.runtime_env.packaging",
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-)
+_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 
 
 def _new_id() -> str:
@@ -43,12 +44,13 @@ def _new_id() -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What Ray's job API is given: the words of the entry point, the runtime environment, the metadata and the
-    submission id, by which a cluster starts the job once."""
+    """What Ray's job API is given: the words of the entry point, the runtime environment, the metadata, a zip of the
+    working directory and the submission id, by which a cluster starts the job once."""
 
     words: tuple[str, ...]
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
+    package: bytes = field(repr=False)
     job_id: str = field(default_factory=_new_id)
 
     @property
@@ -57,7 +59,8 @@ class Job:
         return shlex.join(self.words)
 
     def again(self, retry: int, first: str) -> Job:
-        """The job after its driver died: it goes on with the run, or begins it where nothing was begun."""
+        """The job after its driver died, with the same files: it goes on with the run, or begins it where nothing was
+        begun."""
         words = tuple(word for word in self.words if not word.startswith("--resume"))
         return replace(
             self,
@@ -106,6 +109,7 @@ def plan_job(
             "phases": ", ".join(phase.name for phase in config.phases),
             "ray_pipeline": ray_pipeline.__version__,
         },
+        package=_package(root),
     )
 
 
@@ -148,6 +152,21 @@ def _runtime_env(config: Config, working_dir: Path, env: Sequence[str], pip: Seq
     return fields
 
 
+def _package(working_dir: Path) -> bytes:
+    """The folder as Ray would upload it now; kept, since it may be edited before a retry, and packages that no job uses
+    any more are gone from the cluster."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / _PACKAGE
+        create_package(
+            str(working_dir),
+            file,
+            include_gitignore=os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE) != "1",
+            excludes=get_runtime_env_default_excludes(),
+            logger=logging.getLogger(__name__),
+        )
+        return file.read_bytes()
+
+
 def connect(address: str | None) -> JobSubmissionClient:
     """Ray's client for the cluster at `address`, the URL of its dashboard; without one as Ray finds it
     (RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a Ray on this machine). UserError where none answers, or wants a token."""
@@ -174,12 +193,15 @@ def submit_job(client: JobSubmissionClient, job: Job) -> None:
     UserError where Ray refuses, or does not answer.
     """
     try:
-        client.submit_job(
-            entrypoint=job.entrypoint,
-            runtime_env=job.runtime_env,
-            metadata=dict(job.metadata),
-            submission_id=job.job_id,
-        )
+        with tempfile.TemporaryDirectory() as folder:  # for the upload alone: a job may outlive what lies in /tmp
+            package = Path(folder) / _PACKAGE
+            package.write_bytes(job.package)
+            client.submit_job(
+                entrypoint=job.entrypoint,
+                runtime_env=job.runtime_env | {"working_dir": str(package)},
+                metadata=dict(job.metadata),
+                submission_id=job.job_id,
+            )
     except AuthenticationError as error:
         raise refusal(error) from error
     except (OSError, RuntimeError, ValueError) as error:
@@ -187,8 +209,8 @@ def submit_job(client: JobSubmissionClient, job: Job) -> None:
             taken = job_record(client, job.job_id) is not None  # now or before: the answer alone was lost
         except (OSError, RuntimeError, ValueError, AuthenticationError):
             raise UserError(
-                f"whether the cluster took job {job.job_id} is not known ({on_one_line(error)}); see `ray job list` "
-                "before you submit it again"
+                f"whether the cluster took job {job.job_id} is not known ({on_one_line(error)}); `ray job "
+                f"status {job.job_id}` tells"
             ) from error
         if not taken:
             raise UserError(f"the cluster did not take the job ({on_one_line(error)})") from error

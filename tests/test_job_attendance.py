@@ -145,7 +145,7 @@ def follow(start) -> Callable:
 
 
 def a_job(job_id: str) -> Job:
-    return Job(words=("train",), runtime_env={}, metadata={}, job_id=job_id)
+    return Job(words=("train",), runtime_env={}, metadata={}, package=b"", job_id=job_id)
 
 
 def test_of_a_silent_job_the_record_is_asked_for_and_the_log_is_not_sent_again(follow):

@@ -86,6 +86,7 @@ def test_a_job_whose_driver_is_killed_is_submitted_again_and_its_words_are_no_co
     command = start(head, project, "--config", config, "--set", f"output_dir={json.dumps(str(run))}", "--retries", "1")
     first = command.job_id
     command.until(lambda: checkpoints(run))
+    (project / config).write_text("edited meanwhile")
     head.driver(first).kill()
     assert command.end() == 0, command.said
     said = command.said

@@ -84,6 +84,21 @@ def test_a_job_submitted_again_goes_on_once(submitted):
     assert job.metadata.items() >= {"retry": "2", "retry_of": "first"}.items()
 
 
+def test_a_job_submitted_again_brings_the_files_of_the_first_time(submitted, project):
+    (project / ".rayignore").write_text("/left_out")
+    (project / ".gitignore").write_text("*.ckpt")
+    for name in ("left_out/a.py", "code/a.py", "code/a.ckpt", ".git/HEAD"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("before")
+    job = submitted()
+    (project / "code" / "a.py").write_text("after")
+    (project / "code" / "b.py").write_text("after")
+    with zipfile.ZipFile(io.BytesIO(job.again(1, "first").package)) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+        assert archive.read("code/a.py") == b"before"
+    assert names == {".rayignore", ".gitignore", "config.yaml", "code/a.py"}
+
+
 @pytest.mark.parametrize(
     "override",
     ["output_dir=runs/first", "data.root=data", "data.latents=latents", "checkpoint.store=./store",
