@@ -124,6 +124,8 @@ def _follow_or_leave(log: _Log, ask: Callable[[], bool]) -> Ended | None:
                 return None
         try:
             client.stop_job(job_id)
+        except AuthenticationError as error:
+            say(f"job {job_id} could not be asked to stop: {refusal(error)}")
         except (OSError, RuntimeError) as error:
             say(f"job {job_id} could not be asked to stop ({on_one_line(error)})")
         else:
@@ -141,7 +143,8 @@ class _Log:
 
     def follow(self) -> Ended:
         """Write the log as it comes until the job has ended."""
-        broken = suppress(OSError, RuntimeError, aiohttp.ClientError, TimeoutError)  # what it means, the record tells
+        # what it means, the record tells
+        broken = suppress(OSError, RuntimeError, AuthenticationError, aiohttp.ClientError, TimeoutError)
         while True:
             with broken, asyncio.Runner() as runner:
                 if self._stream(runner):
@@ -193,7 +196,7 @@ class _Log:
             try:
                 return job_record(self.client, self.job_id)
             except AuthenticationError as error:
-                raise refusal(error) from error
+                raise UserError(f"job {self.job_id} may go on without this command: {refusal(error)}") from error
             except (OSError, RuntimeError, ValueError) as error:
                 if time.monotonic() > deadline:
                     raise UserError(

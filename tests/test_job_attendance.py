@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -20,11 +21,12 @@ SILENT_SECONDS = 0.05
 
 class Dashboard:
     """The API, with a job that runs. tail: what it does with a websocket that follows the log; asked: how often each
-    path was; jobs: records by id; refuses: to take one; lost: so many answers of /api/jobs to come get lost."""
+    path was; jobs: records by id; refuses: to take one; lost: so many answers of /api/jobs to come get lost; locked:
+    which requests of /api/jobs it takes for a stranger's."""
 
     def __init__(self, tail: Callable | None = None):
         self.tail, self.asked, self.log = tail, Counter(), ""
-        self.lost, self.refuses = 0, False
+        self.lost, self.refuses, self.locked = 0, False, re.compile("(?!)")
         self.record = {"type": "SUBMISSION", "entrypoint": "train", "status": "RUNNING"}
         self.jobs = {"a": self.record}
         self.loop, self.ready = asyncio.new_event_loop(), threading.Event()
@@ -33,7 +35,7 @@ class Dashboard:
         assert self.ready.wait(30)
 
     def _serve(self) -> None:
-        application = web.Application(middlewares=[self._lose])
+        application = web.Application(middlewares=[self._stand_between])
         application.add_routes(
             [
                 web.get("/api/version", self._answer(lambda: {"version": "4", "ray_version": "2.50.0"})),
@@ -55,7 +57,10 @@ class Dashboard:
         self.loop.run_until_complete(runner.cleanup())
 
     @web.middleware
-    async def _lose(self, request: web.Request, handler: Callable) -> web.StreamResponse:
+    async def _stand_between(self, request: web.Request, handler: Callable) -> web.StreamResponse:
+        if self.locked.match(request.path):
+            self.asked["refused"] += 1
+            return web.Response(status=403, text="wrong token")
         answer = await handler(request)
         if self.lost and request.path.startswith("/api/jobs/"):
             self.lost -= 1
@@ -144,6 +149,14 @@ def follow(start) -> Callable:
     return run
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts, which in tests in the background is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def a_job(job_id: str) -> Job:
     return Job(words=("train",), runtime_env={}, metadata={}, package=b"", job_id=job_id)
 
@@ -191,18 +204,40 @@ def test_a_job_that_ends_behind_a_lost_connection_is_heard_of(follow):
     assert dashboard.asked["tail"] == 1
 
 
-def test_a_job_that_was_asked_to_stop_is_not_submitted_again_whatever_ends_it(follow):
+def test_a_token_that_changed_meanwhile_is_told_and_that_the_job_was_not_asked_to_stop(start, interruptible):
+    async def tail(dashboard, socket):
+        dashboard.locked = re.compile("/api/jobs/")
+        os.kill(os.getpid(), signal.SIGINT)
+        await socket.receive()  # until the command goes
+
+    dashboard, client = start(tail)
+    said = []
+    with pytest.raises(UserError, match=r"^job a may go on without this command: .*RAY_AUTH_TOKEN"):
+        attend_job(client, a_job("a"), write=print, say=said.append, ask=lambda: True)
+    assert [line.partition(":")[0] for line in said] == ["job a could not be asked to stop"]
+    assert "RAY_AUTH_TOKEN" in said[0]
+    assert dashboard.asked["POST /api/jobs/a/stop"] == 0
+
+
+def test_a_log_that_is_refused_hides_no_end_of_its_job(follow):
+    async def tail(dashboard, socket):
+        await dashboard.say(socket, "line 0\n")
+        dashboard.record["status"] = "SUCCEEDED"
+        dashboard.locked = re.compile("/api/jobs/a/logs$")
+
+    status, written, said, dashboard = follow(tail)
+    assert (status, written, said) == (0, "line 0\n", ["job a succeeded"])
+    assert dashboard.asked["refused"] == 1
+
+
+def test_a_job_that_was_asked_to_stop_is_not_submitted_again_whatever_ends_it(follow, interruptible):
     async def tail(dashboard, socket):
         await dashboard.say(socket, "line 0\n")
         if dashboard.asked["tail"] == 1:
             os.kill(os.getpid(), signal.SIGINT)
             await socket.receive()  # until the command goes
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background have it ignored
-    try:
-        status, _, said, dashboard = follow(tail, retries=3, ask=lambda: True)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    status, _, said, dashboard = follow(tail, retries=3, ask=lambda: True)
     assert status == 137, said
     assert dashboard.asked["POST /api/jobs/a/stop"] == 1
     assert dashboard.asked["POST /api/jobs/"] == 0
