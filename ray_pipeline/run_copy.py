@@ -7,6 +7,7 @@ directly, whole and hashed. What is appended to by attempt after attempt is stor
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from ray_pipeline.storage import FileStamp, Folder, StorageError, is_uri, replace_file
+from ray_pipeline.storage import FileStamp, Folder, StorageError, is_uri, shown
 
 #: between two comparisons at least; and so many times as long as one takes
 _PAUSE_SECONDS, _PAUSE_FACTOR = 5.0, 20
@@ -137,8 +138,9 @@ class WorkingCopy:
 
     def __init__(self, remote: Folder, folder: Path, follow: bool, apart: tuple[str, ...] = _APART):
         self.remote, self.folder, self.follow, self._apart = remote, folder, follow, apart
+        self._local = Folder(folder)
         #: of each file that was alike: here, and there; None where it has to be looked at again
-        self._here: dict[str, FileStamp] = {}
+        self._here: dict[str, FileStamp | None] = {}
         self._there: dict[str, FileStamp | None] = {}
         self.superseded: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
@@ -169,7 +171,7 @@ class WorkingCopy:
                 if self._here.get(name) == stamp:
                     continue
                 with suppress(FileNotFoundError):  # it was replaced or deleted meanwhile
-                    self.remote.write(name, (self.folder / name).read_bytes())
+                    self.remote.write(name, self._local.read(name))
                     self._here[name], self._there[name] = stamp, self.remote.stamp(name)
             gone = set(self._here) - set(now)
             self.remote.remove(sorted(gone))
@@ -182,15 +184,15 @@ class WorkingCopy:
             there = {name: stamp for name, stamp in self.remote.tree().items() if self._is_ours(name)}
             newest = max((stamp.mtime_ns for stamp in there.values()), default=0)
             for name, stamp in there.items():
-                known, path = self._there.get(name), self.folder / name
-                if known == stamp or (path.exists() and _stamp(path) != self._here.get(name)):
+                here = self._local.stamp(name)
+                if self._there.get(name) == stamp or here not in (None, self._here.get(name)):
                     continue
                 with suppress(FileNotFoundError):
-                    replace_file(path, self.remote.read(name))
-                    self._here[name] = _stamp(path)
+                    self._local.write(name, self.remote.read(name))
+                    self._here[name] = self._local.stamp(name)
                     self._there[name] = stamp if stamp.mtime_ns < newest - _YOUNG_NS else None
             for name in set(self._there) - set(there):
-                (self.folder / name).unlink(missing_ok=True)
+                self._local.remove([name])
                 del self._here[name], self._there[name]
 
     def _run(self) -> None:
@@ -222,20 +224,24 @@ class WorkingCopy:
             warnings.warn(f"the records of the run are behind: {words}", stacklevel=2)
 
     def _listed(self) -> dict[str, FileStamp]:
+        if not self.folder.is_dir():  # else all of the run would seem to have been deleted here
+            raise StorageError(
+                f"{self.folder}, the copy of {shown(self.remote.location)} on this machine, was deleted; let it lie "
+                "until its process has ended"
+            )
         found = {}
-        for path in self.folder.rglob("*"):
-            name = path.relative_to(self.folder).as_posix()
-            if self._is_ours(name):
-                with suppress(FileNotFoundError):
-                    if path.is_file():
-                        found[name] = _stamp(path)
+        for folder, _, files in os.walk(self.folder, onerror=self._unlisted):
+            for name in (Path(folder, file).relative_to(self.folder).as_posix() for file in files):
+                if self._is_ours(name) and (stamp := self._local.stamp(name)) is not None:
+                    found[name] = stamp
         return found
+
+    def _unlisted(self, error: OSError) -> None:
+        """A folder that was deleted meanwhile holds nothing; of any other the files would seem to be deleted."""
+        if not isinstance(error, FileNotFoundError):
+            with self._local.reaching(os.path.relpath(error.filename, self.folder)):
+                raise error
 
     def _is_ours(self, name: str) -> bool:
         parts = PurePosixPath(name).parts
         return not parts[-1].startswith(".") and not any(part in self._apart for part in parts[:-1])
-
-
-def _stamp(path: Path) -> FileStamp:
-    about = path.stat()
-    return FileStamp(about.st_size, about.st_mtime_ns)

@@ -1,7 +1,9 @@
 """A run in object storage: what one process writes, others see; what the storage refuses comes later or is said."""
 
+import shutil
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,6 +11,7 @@ from urllib.parse import quote
 
 import pytest
 
+from ray_pipeline import run_copy
 from ray_pipeline.errors import UserError
 from ray_pipeline.estimate import check_writable
 from ray_pipeline.monitoring.event_log import EventLog
@@ -35,6 +38,13 @@ def elsewhere(location):
         copy = WorkingCopy(Folder(location), Path(folder), follow=True)
         copy.pull()
         yield copy
+
+
+def wait_until(ready):
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def told(location):
@@ -185,3 +195,49 @@ def test_a_storage_that_refuses_for_a_while_gets_all_of_it_in_the_end(s3_server,
         timer.start()
     timer.join()
     assert Folder(bucket).read("late.txt") == b"late"
+
+
+def test_folders_that_are_deleted_while_they_are_listed_are_no_error(s3, tmp_path):
+    """As TensorBoard's, which are written anew."""
+    copy, ended = WorkingCopy(Folder(s3).child(tmp_path.name), tmp_path, follow=False), threading.Event()
+
+    def make_and_delete() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (tmp_path / "logs" / "trials" / str(number)).mkdir(parents=True)
+            shutil.rmtree(tmp_path / "logs")
+
+    thread = threading.Thread(target=make_and_delete)
+    thread.start()
+    try:
+        for _ in range(500):
+            copy.push()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_what_this_machine_does_not_take_is_told_and_comes_once_it_does(uri, monkeypatch):
+    monkeypatch.setattr(run_copy, "_PAUSE_SECONDS", 0.1)
+    with working_copy(uri, follow=True), warnings.catch_warnings(record=True) as told:
+        obstacle = run_path(uri, ".plots")  # a file where a folder must come; as hidden, itself nobody's
+        obstacle.write_bytes(b"")
+        Folder(uri).child(".plots").write("chart.png", b"picture")
+        wait_until(lambda: told)
+        assert "records of the run are behind" in str(told[0].message)
+        with pytest.raises(StorageError, match=r"chart\.png cannot be used \(File exists\)"):
+            refresh(uri)
+        obstacle.unlink()
+        wait_until((obstacle / "chart.png").is_file)
+
+
+def test_a_copy_that_was_deleted_deletes_nothing_in_the_storage(uri):
+    Folder(uri).write("phase_state.json", b"{}")
+    with elsewhere(uri) as copy:
+        shutil.rmtree(copy.folder)
+        with pytest.raises(
+            StorageError, match=rf"^{copy.folder}, the copy of s3://\S+/run on this machine, was deleted"
+        ):
+            copy.push()
+        copy.folder.mkdir()
+    assert Folder(uri).read("phase_state.json") == b"{}"
