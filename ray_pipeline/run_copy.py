@@ -26,7 +26,7 @@ _LAST_TRIES, _LAST_PAUSE_SECONDS = 5, 3.0
 _APART = ("checkpoints", "ema_snapshots", "ray")
 #: files that no other process writes
 _OWN = "logs/samples/"
-#: a file that changed so short a time before a listing may have changed again within the same second
+#: a file that changed so short a time before it was read may have changed again within the same second
 _YOUNG_NS = 3 * 10**9
 
 _copies: dict[str, WorkingCopy] = {}
@@ -142,6 +142,8 @@ class WorkingCopy:
         #: of each file that was alike: here, and there; None where it has to be looked at again
         self._here: dict[str, FileStamp | None] = {}
         self._there: dict[str, FileStamp | None] = {}
+        #: the clock of the storage is at least so far ahead of this process's monotonic one
+        self._ahead_ns = -time.monotonic_ns()
         self.superseded: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -182,7 +184,9 @@ class WorkingCopy:
         """Take what changed in the storage."""
         with self._lock:
             there = {name: stamp for name, stamp in self.remote.tree().items() if self._is_ours(name)}
-            newest = max((stamp.mtime_ns for stamp in there.values()), default=0)
+            newest, now = max((stamp.mtime_ns for stamp in there.values()), default=0), time.monotonic_ns()
+            self._ahead_ns = max(self._ahead_ns, newest - now)
+            settled = now + self._ahead_ns - _YOUNG_NS
             for name, stamp in there.items():
                 here = self._local.stamp(name)
                 if self._there.get(name) == stamp or here not in (None, self._here.get(name)):
@@ -190,7 +194,7 @@ class WorkingCopy:
                 with suppress(FileNotFoundError):
                     self._local.write(name, self.remote.read(name))
                     self._here[name] = self._local.stamp(name)
-                    self._there[name] = stamp if stamp.mtime_ns < newest - _YOUNG_NS else None
+                    self._there[name] = stamp if stamp.mtime_ns < settled else None
             for name in set(self._there) - set(there):
                 self._local.remove([name])
                 del self._here[name], self._there[name]

@@ -108,6 +108,20 @@ def test_another_process_sees_what_was_shared_even_within_a_second(uri):
         assert not mine.exists()
 
 
+def test_a_file_that_no_longer_changes_is_read_no_more(uri, s3_server):
+    """Not even the newest: no later one tells that it is old."""
+    Folder(uri).write("report.html", b"done")
+    with elsewhere(uri) as other:
+        time.sleep(3.1)
+        other.pull()  # read when it was new, it might have changed since within the same second
+        before = len(s3_server.requests)
+        other.pull()
+        assert not [path for method, path, _ in s3_server.requests[before:] if path.endswith("report.html")]
+        Folder(uri).write("report.html", b"again")
+        other.pull()
+        assert (other.folder / "report.html").read_bytes() == b"again"
+
+
 def test_checkpoints_and_averages_are_left_where_they_are(uri):
     for folder in ("checkpoints", "ema_snapshots", "logs"):
         Folder(uri).child(folder).write("model.safetensors", b"large")
