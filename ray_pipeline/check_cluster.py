@@ -64,7 +64,7 @@ def check_cluster(config: Config) -> Iterator[Line]:
     yield "streams", True, _streams(config)
     yield "object store", True, _object_store(config)
     for phase in config.phases:
-        yield _memory_line(config, phase, [node for node in nodes if placed[node.id]], placed, told)
+        yield memory_line(config, phase, [node for node in nodes if placed[node.id]], placed, told)
     yield from _places_lines(places, sum(node.id in told for node in working), problems, config.ray.autoscaling)
     yield from _versions_lines(nodes, told)
 
@@ -139,15 +139,16 @@ def _object_store(config: Config) -> str:
     return f"{have} on all nodes; encoding, and the stream of each worker, hold {most}"
 
 
-def _memory_line(
+def memory_line(
     config: Config, phase: PhaseConfig, nodes: Sequence[Node], placed: dict[str, int], told: dict[str, dict]
 ) -> Line:
     """What the workers of a node need against what it has, there where it is tightest; on GPUs one has one of its own.
 
     The node's memory is all that it has: what else runs there, and the object store, want some of it.
     """
-    what, each, gpu = f"memory {phase.name}", worker_memory(config, phase), uses_gpu(config)
-    split = memory_split(config, phase)
+    what, gpu = f"memory {phase.name}", uses_gpu(config)
+    split = memory_split(config, phase, "cuda" if gpu else "cpu")
+    each = sum(split.values())
     words = f"{format_bytes(each)} a worker: " + ", ".join(f"{name} {format_bytes(x)}" for name, x in split.items())
     tight = []
     for node in nodes:
@@ -166,7 +167,7 @@ def _memory_line(
     return what, share <= 1, words
 
 
-def memory_split(config: Config, phase: PhaseConfig) -> dict[str, int]:
+def memory_split(config: Config, phase: PhaseConfig, device_type: str) -> dict[str, int]:
     """Bytes of `worker_memory` by what they are for."""
     found = estimate_phase(config, phase, 1)
     ema = config.ema
@@ -178,7 +179,7 @@ def memory_split(config: Config, phase: PhaseConfig) -> dict[str, int]:
         "Adam": 2 * _FLOAT * found.parameters,
         f"{averages} average(s)": averages * _FLOAT * found.parameters,
     }
-    return split | {"activations": worker_memory(config, phase) - sum(split.values())}
+    return split | {"activations": worker_memory(config, phase, device_type) - sum(split.values())}
 
 
 def _places_lines(places: Places, heard: int, problems: dict[str, str], to_come: bool) -> Iterator[Line]:

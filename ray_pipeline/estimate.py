@@ -141,12 +141,13 @@ def _lora_products(config: Config, hints: int) -> float:
     return hints * _tokens(config) * control.lora_rank * hidden * total
 
 
-def worker_memory(config: Config, phase: PhaseConfig) -> int:
-    """Bytes a worker needs for weights, gradients, Adam, EMA and the activations of one micro-step, about.
+def worker_memory(config: Config, phase: PhaseConfig, device_type: str) -> int:
+    """Bytes a worker on such a device needs for weights, gradients, Adam, EMA and the activations of one micro-step,
+    about.
 
     In bf16, autocast keeps a bf16 copy of the weights as well.
     """
-    kind = precision(config, "cuda" if torch.cuda.is_available() else "cpu")
+    kind = precision(config, device_type)
     estimate = estimate_phase(config, phase, 1)
     shape = config.model.shape
     hints, width = len(phase.condition_types), config.train.batch_size * _tokens(config) * shape["hidden_size"]
@@ -247,7 +248,7 @@ def report(config: Config, job: EncodeJob, tiles: dict[str, int], samples: list[
             f"  saves      epochs {', '.join(map(str, phase.save_epochs))}, best, last: "
             f"{format_bytes(estimate.checkpoint_bytes)} each; averages for `ray-pipeline ema`: "
             f"{format_bytes(estimate.snapshot_bytes)}",
-            f"  memory     {format_bytes(worker_memory(config, phase))} a worker, about",
+            f"  memory     {format_bytes(worker_memory(config, phase, device.type))} a worker, about",
             f"  time       {format_seconds(seconds)}, about",
         ]
     sweep = estimate_sweep(config, phases)

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import ray_pipeline
-from ray_pipeline.check_cluster import memory_split
+from ray_pipeline.check_cluster import memory_line, memory_split
 from ray_pipeline.config import parse_config
 from ray_pipeline.estimate import worker_memory
 from ray_pipeline.training.build import make_network, make_state
+from ray_pipeline.training.nodes import Node
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = Path(__file__).with_name("nodes_program.py")
@@ -135,12 +136,31 @@ def test_nothing_is_left_behind(answers, folder):
     ]
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": {"enabled": False}}, {"train": {"precision": "bf16"}}])
-def test_the_memory_of_a_worker_is_told_by_its_parts(changes):
+def made_config(changes):
     model = {"architecture": "custom", "depth": 2, "hidden_size": 64, "num_heads": 4, "patch_size": 2, "latent_size": 8}
     tree = {"model": model, "data": {"tile_size": 64}, "phases": [{"name": "one", "epochs": 1}]}
-    config = parse_config(tree | changes)
-    split = memory_split(config, config.phases[0])
+    return parse_config(tree | changes)
+
+
+@pytest.mark.parametrize(("use_gpu", "auto"), [(True, "bf16"), (False, "fp32")])
+def test_workers_are_judged_by_the_device_that_they_get_and_not_by_the_drivers(use_gpu, auto, monkeypatch):
+    """train.precision=auto is bf16 on each GPU of a cluster whose head has none."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):  # as on most CPUs
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    told = {"1": {"gpu_memory": [2**40], "memory": 2**40}}
+    said = {}
+    for precision in ("auto", "bf16", "fp32"):
+        config = made_config({"train": {"precision": precision}, "ray": {"use_gpu": use_gpu}})
+        _, well, said[precision] = memory_line(config, config.phases[0], [Node("1", "one", {})], {"1": 1}, told)
+        assert well
+    assert said["bf16"] != said["fp32"]
+    assert said["auto"] == said[auto]
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": {"enabled": False}}, {"train": {"precision": "bf16"}}])
+def test_the_memory_of_a_worker_is_told_by_its_parts(changes):
+    config = made_config(changes)
+    split = memory_split(config, config.phases[0], "cpu")
     network = make_network(config, config.phases[0])
     state = make_state(config, network)
     weights = sum(4 * p.numel() for p in network.parameters())
@@ -150,4 +170,4 @@ def test_the_memory_of_a_worker_is_told_by_its_parts(changes):
     assert (split["gradients"], split["Adam"]) == (trained, 2 * trained)
     assert split[f"{len(state.averages)} average(s)"] == averaged
     assert split["activations"] > 0
-    assert sum(split.values()) == worker_memory(config, config.phases[0])
+    assert sum(split.values()) == worker_memory(config, config.phases[0], "cpu")

@@ -154,7 +154,7 @@ def test_memory_is_weights_gradients_moments_average_and_what_backward_needs(pre
     phase = config.phases[phase]
     parameters = estimate.estimate_phase(config, phase, 10).parameters
     # weights, gradients, two moments, the average of ema.decay and the two of ema.power_stds
-    activations = estimate.worker_memory(config, phase) - 7 * 4 * parameters
+    activations = estimate.worker_memory(config, phase, "cpu") - 7 * 4 * parameters
     assert activations == pytest.approx(held_for_backward(config, phase), rel=0.15)
 
 
@@ -162,11 +162,11 @@ def test_memory_is_weights_gradients_moments_average_and_what_backward_needs(pre
 def test_activation_checkpointing_keeps_what_enters_each_block(phase):
     """And one whole block while it is computed again, which the forward pass does not show."""
     config = make_config({**SMALL, "hidden_size": 128, "depth": 6}, batch=8)
-    whole = estimate.worker_memory(config, config.phases[phase])
+    whole = estimate.worker_memory(config, config.phases[phase], "cpu")
     train = config.train.model_copy(update={"activation_checkpointing": True})
     lean = config.model_copy(update={"train": train})
     block = held_for_backward(config, config.phases[phase]) / 6
-    saved = whole - estimate.worker_memory(lean, lean.phases[phase])
+    saved = whole - estimate.worker_memory(lean, lean.phases[phase], "cpu")
     held = held_for_backward(lean, lean.phases[phase])
     assert held < block
     assert saved == pytest.approx(5 * block - held, rel=0.15)
