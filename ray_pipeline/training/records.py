@@ -123,8 +123,9 @@ class PhaseRecords:
 
     def skip(self, skipped: SkippedSteps, trouble: Trouble | None) -> None:
         """Record a step without a finite loss, so that no later attempt computes it; after too many, their range."""
-        self.fault("skip", skipped.describe())
-        self.draw("the report of skipped steps", skipped.write_report)
+        if self.run.state.step not in self.run.start.avoid:  # else it was not computed, and the attempt that did told
+            self.fault("skip", skipped.describe())
+            self.draw("the report of skipped steps", skipped.write_report)
         attempt = self.run.checkpoints.attempt
         known = {*attempt.record.skipped, self.run.state.step}
         if trouble is None or trouble.again:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +16,19 @@ from phase_runs import make_phase_run
 from ray_pipeline.attempts import Superseded
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
+from ray_pipeline.data.encode import STORED_TILES
+from ray_pipeline.data.tile_table import TileRow, write_tile_table
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.retention import obsolete_names
+from ray_pipeline.training.nonfinite import SkippedSteps
 from ray_pipeline.training.phase import finish_step
 from ray_pipeline.training.pictures import draw_samples
 from ray_pipeline.training.profiling import profiled
 from ray_pipeline.training.records import PhaseRecords
 from ray_pipeline.training.sample_log import SampleLog
 from ray_pipeline.training.setup import Start
-from ray_pipeline.training.step import StepInput
+from ray_pipeline.training.step import StepInput, StepResult, avoid
 from ray_pipeline.training.validation import Validation
 
 MODEL = {
@@ -304,6 +308,34 @@ def test_a_sink_that_cannot_be_opened_is_a_fault_of_the_run_and_nothing_more(run
     assert fault["kind"] == "monitoring"
     assert "monitoring by tensorboard is switched off" in fault["message"]
     assert "monitoring by tensorboard" in phase_state.load(records.state_file).history[-1].message
+
+
+def test_a_step_that_an_earlier_attempt_left_out_is_no_second_fault(run):
+    rows = [TileRow(f"tile{row}", f"tile{row}.tif", {}) for row in range(16)]
+    write_tile_table(run.train_store.folder, STORED_TILES, rows, run.train_store.datasets)
+    run.state.step = 3
+    run.state.skipped.append(3)
+    with suppress(KeyboardInterrupt), PhaseRecords(run) as records:
+        skipped = SkippedSteps(run)
+        assert skipped.add(StepResult(math.inf, math.nan, skipped=True, suspects=(9,))) is None
+        records.skip(skipped, None)
+        raise KeyboardInterrupt  # the kill
+    (fault,) = told(run, "fault")
+    assert (fault["step"], fault["kind"]) == (3, "skip")
+    assert "its loss is inf" in fault["message"]
+    report = skipped.path.read_bytes()
+
+    attempt = run.checkpoints.begin("prior", 1)
+    run.start = Start(attempt=attempt.number, avoid=frozenset({3}))
+    run.state.step = 0
+    run.state.skipped.clear()
+    with PhaseRecords(run) as records:
+        skipped = SkippedSteps(run)
+        assert skipped.add(avoid(run, 2)) is None
+        records.skip(skipped, None)
+    assert [record["kind"] for record in told(run, "fault")] == ["skip", "restart"]
+    assert skipped.path.read_bytes() == report
+    assert run.checkpoints.attempts()[-1].skipped == (3,)
 
 
 def with_pictures(run, autoencoder):
