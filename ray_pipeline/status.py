@@ -116,8 +116,10 @@ def _pace(run: Run, records: Sequence[dict]) -> list[str]:
         return []
     last, left = steps[-1], time_left(run.state, records, [phase.name for phase in run.config.phases])
     age = time.time() - datetime.fromisoformat(last["time"]).timestamp()
+    rate = last["samples_per_second"]
+    pace = f"{rate:.3g} samples/s" if math.isfinite(rate) else "steps without a finite loss are passed over"
     lines = [
-        f"  {last['samples_per_second']:.3g} samples/s, {format_seconds(left.phase)} left in this phase, "
+        f"  {pace}, {format_seconds(left.phase)} left in this phase, "
         f"{format_seconds(left.run)} in all; last record {last['time']}, {format_seconds(age)} ago"
     ]
     parts = {name: last.get(f"{key}_seconds", math.nan) for name, key in STEP_PARTS.items()}

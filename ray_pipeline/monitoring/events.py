@@ -16,8 +16,9 @@ class StepEvent:
 
     loss: mean over all ranks. grad_norm: of the joint gradient before it is clipped. The seconds are those of a step on
     rank 0: step_seconds all of it but validation and pictures, and its parts. utilisation: floating-point operations of
-    the network over the device's peak. memory_bytes: the most that was allocated on the GPU, or resident on a CPU, so
-    far.
+    the network over the device's peak. These and the rate are nan where nothing was computed, since earlier attempts
+    had found all of the steps without a finite loss. memory_bytes: the most that was allocated on the GPU, or resident
+    on a CPU, so far.
     """
 
     phase: str

@@ -22,7 +22,8 @@ class TimeLeft:
 
 
 def seconds_a_step(records: Sequence[dict]) -> float:
-    """Wall time of a step of one phase lately, in the attempt that recorded last; nan before it has two records.
+    """Wall time of a step of one phase lately, in the attempt that recorded last; nan before it has two records since
+    it last counted steps that it did not compute.
 
     records: those of the phase, in order (`read_events`).
     """
@@ -31,6 +32,8 @@ def seconds_a_step(records: Sequence[dict]) -> float:
         if record["event"] == "phase" and record["status"] in ("started", "resumed"):
             steps = []
         elif record["event"] == "step":
+            if math.isnan(record["samples_per_second"]):
+                steps = []
             steps.append(record)
     recent = steps[-RECENT:]
     if len(recent) < 2 or recent[-1]["step"] <= recent[0]["step"]:

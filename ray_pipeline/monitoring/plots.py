@@ -248,6 +248,7 @@ def _throughput(ax: Axes, steps: pd.DataFrame) -> None:
     ax.set_title("throughput and wait for data")
     if not len(steps):
         return _say_empty(ax, "no steps yet")
+    steps = steps[steps.samples_per_second.notna()]  # nan: of steps that were not computed
     rate, wait = steps.samples_per_second, steps.data_wait_seconds
     right = ax.twinx()
     _curve(ax, steps.step, rate, BLUE, "samples/s (left)")

@@ -65,7 +65,8 @@ class RayMetrics:
             for name, (field, words) in STEP_GAUGES.items():
                 self._set(name, words, getattr(event, field))
             self._count("skipped_steps", event.skipped)
-            self._steps.append({"event": "step", "step": event.step, "time": utc_now()})
+            told = {"event": "step", "step": event.step, "samples_per_second": event.samples_per_second}
+            self._steps.append(told | {"time": utc_now()})
             if self._total_steps:
                 pace = seconds_a_step(self._steps)
                 self._set("seconds_left", OTHER_GAUGES["seconds_left"], pace * (self._total_steps - event.step))

@@ -123,8 +123,12 @@ def _newest_values(records: Sequence[dict]) -> dict[str, str]:
         words["training loss"] = f"newest {_value(step['loss'])} {at}"
         words["learning rate"] = f"newest {_value(step['lr'])} {at}"
         words["gradient norm"] = f"newest {_value(step['grad_norm'])} {at}"
+    computed = (record for record in reversed(records) if record["event"] == "step")
+    step = next((record for record in computed if not math.isnan(record["samples_per_second"])), None)
+    if step:
         rate, wait = _value(step["samples_per_second"]), _value(step["data_wait_seconds"])
-        words["throughput and wait for data"] = f"newest {rate} samples/s, {wait} s wait for data a step, {at}"
+        pace = f"{rate} samples/s, {wait} s wait for data a step"
+        words["throughput and wait for data"] = f"newest {pace}, at step {step['step']:,}"
     validations = [record for record in records if record["event"] == "validation"]
     newest = {record["ema"]: record for record in validations}
     if newest:

@@ -227,14 +227,15 @@ class Interval:
         self.since = time.perf_counter()
 
     def report(self) -> None:
-        """Mean loss and gradient norm over the steps of this interval that changed something, its pace, and where the
-        time went; nothing where there was no step."""
+        """Mean loss and gradient norm over the steps of this interval that changed something, and for each that was
+        computed its pace and where the time went; nothing where there was no step."""
         run, records, count = self.run, self.records, len(self.results)
         if not count:
             return
         done = [result for result in self.results if not result.skipped]
-        seconds = {name: part / count for name, part in run.clock.take().items()}
-        step_seconds = max(self.seconds / count + seconds["logging"] + seconds["saving"], 1e-9)
+        computed = sum(not result.avoided for result in self.results) or math.nan
+        seconds = {name: part / computed for name, part in run.clock.take().items()}
+        step_seconds = max(self.seconds, 1e-9) / computed + seconds["logging"] + seconds["saving"]
         if records:
             step = run.state.step
             records.events.emit(

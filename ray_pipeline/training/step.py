@@ -40,13 +40,14 @@ class MicroBatch:
 class StepResult:
     """Mean loss over the global batch, and the norm of the joint gradient; nan for a step that was avoided.
 
-    skipped: nothing was learned, since one of them is not finite. suspects: positions of the samples whose own loss is
-    not finite. save, stop: whether any rank asked for it.
+    skipped: nothing was learned, since one of them is not finite; avoided: nor was anything computed. suspects:
+    positions of the samples whose own loss is not finite. save, stop: whether any rank asked for it.
     """
 
     loss: float
     grad_norm: float
     skipped: bool = False
+    avoided: bool = False
     suspects: tuple[int, ...] = ()
     save: bool = False
     stop: bool = False
@@ -104,14 +105,14 @@ def optimize(
             state.optimizer.step()
     _end_step(run, step)
     suspects = _suspects(run, step, own) if skipped else ()
-    return StepResult(loss, norm, skipped, suspects, save=saves > 0, stop=stops > 0)
+    return StepResult(loss, norm, skipped, suspects=suspects, save=saves > 0, stop=stops > 0)
 
 
 def avoid(run: PhaseRun, step: int) -> StepResult:
     """A step that is known to have no finite loss: the position advances, nothing is computed."""
     run.state.skipped.append(step + 1)
     _end_step(run, step)
-    return StepResult(math.nan, math.nan, skipped=True)
+    return StepResult(math.nan, math.nan, skipped=True, avoided=True)
 
 
 def _end_step(run: PhaseRun, step: int) -> None:

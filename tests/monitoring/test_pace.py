@@ -15,11 +15,14 @@ def at(seconds):
     return (BEGAN + timedelta(seconds=seconds)).isoformat(timespec="milliseconds")
 
 
-def steps(first, last, begin, each, phase="one"):
+def steps(first, last, begin, each, phase="one", rate=8.0):
     return [
-        {"event": "step", "phase": phase, "step": step, "time": at(begin + each * (step - first))}
+        {
+            "event": "step", "phase": phase, "step": step, "samples_per_second": rate,
+            "time": at(begin + each * (step - first)),
+        }
         for step in range(first, last + 1)
-    ]
+    ]  # fmt: skip
 
 
 def started(status, step, seconds, phase="one"):
@@ -31,6 +34,12 @@ def test_the_pause_before_a_resume_is_no_time_of_a_step():
     assert math.isnan(seconds_a_step(records))
     records += steps(11, 20, 9000, 2.0)
     assert seconds_a_step(records) == pytest.approx(2.0)
+
+
+def test_steps_that_were_not_computed_say_nothing_of_the_pace():
+    records = [started("resumed", 0, 0), *steps(1, 10, 2, 2.0), *steps(11, 60, 20, 0.001, rate=math.nan)]
+    assert math.isnan(seconds_a_step(records))
+    assert seconds_a_step([*records, *steps(61, 70, 22.049, 2.0)]) == pytest.approx(2.0)
 
 
 def test_later_phases_take_as_much_longer_as_they_have_more_to_compute():

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,11 @@ from phase_runs import make_phase_run
 
 from ray_pipeline.config import parse_config
 from ray_pipeline.monitoring import phase_state
+from ray_pipeline.monitoring.events import STEP_PARTS
 from ray_pipeline.monitoring.metrics_file import read_events
+from ray_pipeline.monitoring.plots import plot_progress
+from ray_pipeline.monitoring.report import write_report
+from ray_pipeline.status import describe_run
 from ray_pipeline.training.phase import Interval
 from ray_pipeline.training.records import PhaseRecords
 from ray_pipeline.training.setup import Start
@@ -57,6 +62,33 @@ def test_a_record_has_the_means_over_the_steps_that_changed_something(run):
     assert math.isnan(second["loss"])
     assert math.isnan(second["grad_norm"])
     assert second["skipped"] == 1
+
+
+def test_steps_that_were_not_computed_count_for_neither_pace_nor_utilisation(run):
+    """The rate is that of the samples which were trained on, over all of the time."""
+    avoided = StepResult(math.nan, math.nan, skipped=True, avoided=True)
+    with PhaseRecords(run) as records:
+        for results in ([avoided] * 9 + [StepResult(1.0, 0.5)], [avoided] * 10):
+            interval = Interval(run, records)
+            for result in results:
+                run.state.step += 1
+                interval.add(result)
+            interval.seconds = 2.0
+            interval.report()
+    one, nothing = read_events(run.config.output_dir, "prior", "step")
+    assert nothing["skipped"] == 10
+    parts = [f"{part}_seconds" for part in STEP_PARTS.values()]
+    for name in ("samples_per_second", "step_seconds", "utilisation", *parts):
+        assert math.isnan(nothing[name]), name
+    assert (one["skipped"], one["loss"]) == (9, 1.0)
+    assert one["step_seconds"] >= 2.0
+    assert one["samples_per_second"] == pytest.approx(4 / one["step_seconds"])
+    folder = Path(run.config.output_dir)
+    (folder / "config.yaml").write_text(run.config.to_yaml())
+    assert "steps without a finite loss are passed over, ? left" in describe_run(folder)
+    page = write_report(folder).read_text()
+    assert f"newest {one['samples_per_second']:.4g} samples/s" in page
+    plot_progress(read_events(folder, "prior"), folder / "chart.png", title="prior")
 
 
 def result_of(step):
