@@ -144,6 +144,31 @@ def test_a_commit_that_a_kill_came_too_soon_after_is_told_once_by_the_next_attem
         assert [entry.message for entry in history if entry.event == "checkpoint"] == ["prior_epoch_001.ckpt (best)"]
 
 
+def committed_steps(run):
+    """Of the checkpoints that the records tell of."""
+    return [record["step"] for record in read_events(run.config.output_dir, "prior", "checkpoint")]
+
+
+def test_a_commit_that_was_passed_over_is_not_told_before_it_is_made_again(run):
+    kept, passed_over = run.phase.save_epochs[:2]
+    with PhaseRecords(run) as records:
+        for epoch in (kept, passed_over):
+            run.state.step = 4 * epoch
+            records.save("epoch", epoch=epoch)
+            assert records.commits.saver.drain(60)
+            records.after_step(save=False)
+    damaged = Path(run.checkpoints.path(f"prior_epoch_{passed_over:03d}.ckpt"), "model.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run.state.step = run.checkpoints.latest("prior").state["step"]
+    with PhaseRecords(run) as records:
+        assert committed_steps(run) == [4 * kept]
+        run.state.step = 4 * passed_over
+        records.save("epoch", epoch=passed_over)
+        assert records.commits.saver.drain(60)
+        records.after_step(save=False)
+    assert committed_steps(run) == [4 * kept, 4 * passed_over]
+
+
 def test_an_attempt_that_ended_without_a_word_is_a_fault_of_the_run_and_one_that_was_stopped_is_none(run):
     with suppress(KeyboardInterrupt), PhaseRecords(run) as records:
         go_on(run, records, 20)
