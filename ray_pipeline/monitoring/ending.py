@@ -27,8 +27,14 @@ def ending_noted(config: Config, phase: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (RunStopped, KeyboardInterrupt) as stopped:
-        _note(config, phase, "stopped", str(stopped) or "stopped by Ctrl-C")
+    except RunStopped as stopped:
+        _note(config, phase, "stopped", str(stopped))
+        raise
+    except KeyboardInterrupt:
+        _note(config, phase, "stopped", "stopped by Ctrl-C")
+        raise
+    except SystemExit:  # what SIGTERM raises in ray_session
+        _note(config, phase, "stopped", "stopped by SIGTERM")
         raise
     except Exception as error:
         found = find_user_error(error)

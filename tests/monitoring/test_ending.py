@@ -1,5 +1,8 @@
 """A run that ends otherwise than planned says so in its files."""
 
+import subprocess
+import sys
+
 import pytest
 
 from ray_pipeline.attempts import Superseded
@@ -35,10 +38,48 @@ def test_an_error_is_told_once_though_it_passes_two_places(half_run):
     ]
 
 
-def test_a_stop_that_the_workers_did_not_write_down_is_no_fault(half_run):
-    end(half_run, RunStopped("stopped by SIGTERM before the workers had committed", 143), "two")
-    assert phase_state.load(half_run.state_file).phase("two").status == "stopped"
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [
+        (RunStopped("stopped by SIGTERM before the workers had committed", 143), "before the workers had committed"),
+        (KeyboardInterrupt(), "stopped by Ctrl-C"),
+    ],
+    ids=["of the workers", "Ctrl-C"],
+)
+def test_a_stop_that_the_workers_did_not_write_down_is_no_fault(half_run, stop, words):
+    end(half_run, stop, "two")
+    state = phase_state.load(half_run.state_file)
+    assert state.phase("two").status == "stopped"
+    assert state.history[-1].message.endswith(words)
     assert not read_events(half_run.folder, "two", "fault")
+
+
+ENCODING = """
+import sys, time
+from ray_pipeline.config import load_config
+from ray_pipeline.monitoring.ending import ending_noted
+from ray_pipeline.ray_session import ray_session
+
+config = load_config(sys.argv[1])
+with ending_noted(config), ray_session(config.ray):
+    print("started", flush=True)
+    time.sleep(3000)
+"""
+
+
+def test_sigterm_before_the_workers_train_leaves_the_run_stopped(half_run):
+    """Ray's own processes and handler are there."""
+    start = open_run(half_run.config, resume=True)
+    start.accept("f" * 64)
+    program = [sys.executable, "-c", ENCODING, half_run.folder / "config.yaml"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "started\n"
+        assert phase_state.load(half_run.state_file).phase("two").status == "running"
+        process.terminate()
+        assert process.wait(60) == 143
+    state = phase_state.load(half_run.state_file)
+    assert state.phase("two").status == "stopped"
+    assert state.history[-1].message == "two, step 3: stopped by SIGTERM"
 
 
 def test_what_ended_a_run_is_raised_though_it_cannot_be_written_down(half_run):
