@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from queue import Full, Queue
 from typing import Any
 
 from ray_pipeline.monitoring.events import Event
 from ray_pipeline.monitoring.metrics_file import MetricsFile, metrics_path
-from ray_pipeline.monitoring.sink import Sink, SinkContext
+from ray_pipeline.monitoring.sink import PictureLost, Sink, SinkContext
 from ray_pipeline.monitoring.sinks import open_sink
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ class EventLog:
 
     sinks: their names. With `resume_step` N what earlier attempts of this phase told after step N is cut away in the
     JSON lines, and hidden where a sink can; other phases are untouched. A file that cannot be written, and a sink that
-    fails or cannot keep up, are given up with one line in `troubles`: monitoring never stops or slows training.
+    fails or cannot keep up, are given up with one line in `troubles`: monitoring never stops or slows training. So does
+    the first picture that a sink cannot read; the sink goes on.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class _Channel:
         self.name, self._make, self._trouble = name, make, trouble
         self._waiting: Queue[Event | None] = Queue(_BEHIND)
         self._given_up, self._close_seconds = False, _CLOSE_SECONDS
+        self._lost_picture = False
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"sink-{name}")
         self._thread.start()
 
@@ -126,14 +129,25 @@ class _Channel:
             self._give_up(f"{words} {self._close_seconds:g} s after the phase ended")
 
     def _run(self) -> None:
-        try:
-            sink = self._make()
+        with self._failure_gives_up(), closing(self._make()) as sink, self._failure_gives_up():
             self._close_seconds = getattr(sink, "close_seconds", _CLOSE_SECONDS)
             while (event := self._waiting.get()) is not None and not self._given_up:
-                sink.emit(event)
-            sink.close()
+                try:
+                    sink.emit(event)
+                except PictureLost as error:
+                    self._tell_lost_picture(error)
+
+    @contextmanager
+    def _failure_gives_up(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    def _tell_lost_picture(self, error: PictureLost) -> None:
+        if not self._lost_picture:
+            self._lost_picture = True
+            self._trouble(f"monitoring by {self.name} leaves out pictures that cannot be read, first {error}")
 
     def _give_up(self, why: str) -> None:
         if not self._given_up:

@@ -1,8 +1,9 @@
 """What takes the events of a run beside its metrics.jsonl.
 
 A sink is made by a function of a SinkContext and has two methods, emit(event) and close(). It lives in a thread of its
-own on rank 0, from where nothing that it does or fails to do reaches the training. The end of a phase waits 30 s for
-what it has left to do, or as long as its attribute close_seconds says.
+own on rank 0, from where nothing that it does or fails to do reaches the training. One that raises is closed and gets
+no more events; PictureLost costs it that event alone. The end of a phase waits 30 s for what it has left to do, or as
+long as its attribute close_seconds says.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray_pipeline.monitoring.events import Event, from_record
+from PIL import Image
+
+from ray_pipeline.monitoring.events import Event, SampleEvent, from_record
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.run_copy import location_of
 from ray_pipeline.storage import Folder
@@ -38,6 +41,19 @@ class SinkContext:
         for record in read_events(self.run_dir, self.phase) if self.resume_step is not None else ():
             if record["event"] in ("step", "validation", "checkpoint") and record["step"] <= self.resume_step:
                 yield from_record(record)
+
+
+class PictureLost(Exception):
+    """The picture of a SampleEvent is missing or damaged."""
+
+
+def read_picture(run_dir: Path, event: SampleEvent) -> Image.Image:
+    """The picture of a SampleEvent, in RGB; raises PictureLost."""
+    try:
+        with Image.open(run_dir / event.image_path) as picture:
+            return picture.convert("RGB")
+    except Exception as error:  # of a damaged file Pillow raises nearly anything
+        raise PictureLost(f"{event.image_path} ({type(error).__name__})") from error
 
 
 class Sink(Protocol):

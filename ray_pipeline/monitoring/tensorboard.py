@@ -22,7 +22,7 @@ from PIL import Image
 
 from ray_pipeline.json_lines import write_whole
 from ray_pipeline.monitoring.events import Event, SampleEvent, curves, note
-from ray_pipeline.monitoring.sink import SinkContext
+from ray_pipeline.monitoring.sink import SinkContext, read_picture
 from ray_pipeline.storage import replace_file
 
 PREVIEW_PIXELS = 1024
@@ -90,7 +90,7 @@ class TensorBoard:
 
     def _write_picture(self, event: SampleEvent) -> None:
         # The record's checksum runs in Python at 0.3 s a MiB: hence one channel for gray, and a small preview.
-        pixels = np.asarray(Image.open(self._run_dir / event.image_path).convert("RGB"))
+        pixels = np.asarray(read_picture(self._run_dir, event))
         gray = (pixels == pixels[..., :1]).all()
         picture = Image.fromarray(pixels[..., 0] if gray else pixels)
         picture = picture.reduce(math.ceil(max(picture.size) / PREVIEW_PIXELS))

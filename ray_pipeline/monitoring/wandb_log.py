@@ -7,11 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring.events import Event, SampleEvent, curves, note
-from ray_pipeline.monitoring.sink import SinkContext
+from ray_pipeline.monitoring.sink import SinkContext, read_picture
 from ray_pipeline.storage import replace_file
 
 
@@ -58,7 +57,7 @@ class WandbLog:
     def emit(self, event: Event) -> None:
         values: dict = dict(curves(event))
         if isinstance(event, SampleEvent):
-            values["samples"] = self._image(np.asarray(Image.open(self._run_dir / event.image_path)))
+            values["samples"] = self._image(np.asarray(read_picture(self._run_dir, event)))
         told = note(event)
         if told:
             values["/".join(("events", told[0]))] = told[1]

@@ -66,6 +66,9 @@ class Hanging(Told):
 class Broken(Told):
     def emit(self, event):
         raise OSError("the server is gone")
+    def close(self):
+        (self.context.run_dir / "closed.txt").touch()
+        raise OSError("nor does it say goodbye")
 """
 
 
@@ -224,6 +227,20 @@ def test_a_superseded_attempt_that_still_lives_writes_nothing_that_tensorboard_s
     assert_equal(data_server(tmp_path, 11)[0], told(tmp_path))
 
 
+def test_a_picture_that_is_gone_or_torn_is_told_once_and_costs_the_sink_nothing_else(tmp_path):
+    Image.new("L", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    with EventLog(tmp_path, PHASE, ("tensorboard",)) as log:
+        for step, name in enumerate(("gone.png", "torn.png", "whole.png"), start=1):
+            log.emit(SampleEvent(PHASE, step, step, name))
+            log.emit(step_event(step))
+    (words,) = log.troubles()
+    assert words.endswith("tensorboard leaves out pictures that cannot be read, first gone.png (FileNotFoundError)")
+    points, reader = board(tmp_path)
+    assert_equal(points, told(tmp_path))
+    assert [picture.step for picture in reader.Images("samples")] == [3]
+
+
 def test_a_sink_of_another_package_gets_every_event_in_order(tmp_path, plugin):
     with EventLog(tmp_path, PHASE, ("told",)) as log:
         log.emit(PhaseEvent(PHASE, "started", 0, "attempt 1"))
@@ -243,6 +260,7 @@ def test_a_sink_that_hangs_or_breaks_neither_slows_nor_stops_and_says_so_once(tm
     found = log.troubles()
     assert sorted(words.split()[2] for words in found) == ["broken", "slow"]
     assert "OSError: the server is gone" in " ".join(found)
+    assert (tmp_path / "closed.txt").exists()
     assert len(caplog.records) == 2
     assert log.troubles() == []
     lines = (tmp_path / "told.txt").read_text().split("\n")
