@@ -25,7 +25,8 @@ from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.run_copy import run_path
 
 _POLL_SECONDS = 0.5
-#: between two drawings at least; and so many times as long as one takes, so that all of them take at most 0.5 %
+#: between two drawings of the newest chart at least; and so many times as long as the charts took, so that they take at
+#: most 0.5 %, or what those of kept epochs take, which are drawn at once
 _PAUSE_SECONDS, _PAUSE_FACTOR = 20.0, 200
 _LEAST_PRIORITY = 19
 _BEGUN = ("started", "resumed")
@@ -63,7 +64,8 @@ class Follower:
             ended = self._ended.wait(_POLL_SECONDS)
             self._guard("the records of the run cannot be read", self._take_new)
             if self.changed and (ended or time.monotonic() >= self.due_at):
-                self._draw()
+                self.changed = False
+                self._draw("the chart cannot be drawn", None)
         if self.progress is not None:
             self.progress.close()
 
@@ -108,7 +110,7 @@ class Follower:
         if self.show:
             self._guard("the line of progress cannot be shown", partial(self._advance, record))
         if record["event"] == "checkpoint" and record["kind"] == "epoch":
-            self._guard("the chart of a step cannot be drawn", lambda: self._draw_chart(record["step"]))
+            self._draw("the chart of a step cannot be drawn", record["step"])
 
     def _advance(self, record: dict) -> None:
         """The progress line."""
@@ -132,11 +134,11 @@ class Follower:
         elif record["event"] == "validation":
             self.progress.update(record["step"], at=told, val=record["loss"])
 
-    def _draw(self) -> None:
-        started, self.changed = time.monotonic(), False
-        self._guard("the chart cannot be drawn", lambda: self._draw_chart(None))
-        taken = time.monotonic() - started
-        self.due_at = time.monotonic() + max(_PAUSE_SECONDS, _PAUSE_FACTOR * taken)
+    def _draw(self, what: str, until: int | None) -> None:
+        began = time.monotonic()
+        self._guard(what, lambda: self._draw_chart(until))
+        now = time.monotonic()
+        self.due_at = max(now + _PAUSE_SECONDS, max(self.due_at, now) + _PAUSE_FACTOR * (now - began))
 
     def _draw_chart(self, until: int | None) -> None:
         """latest_progress.png, or the picture of a step that stays."""

@@ -15,7 +15,7 @@ from ray_pipeline.run_copy import run_path
 from ray_pipeline.sweep_records import sweep_folder
 
 _POLL_SECONDS = 1.0
-#: between two pages at least, and at most while the command lives, so that an old page means that it does not
+#: between two pages at least, and at most where nothing is new
 _PAUSE_SECONDS, _MOST_SECONDS = 20.0, 600.0
 #: and so many times as long as one takes, so that all of them take at most 0.5 %
 _PAUSE_FACTOR = 200
@@ -50,10 +50,10 @@ class LiveReport:
         while not ended:
             ended = self._ended.wait(_POLL_SECONDS)
             since, found = time.monotonic() - last, self._found()
-            if (found != drawn and (ended or since >= pause)) or since >= _MOST_SECONDS:
+            if found != drawn and (ended or since >= pause) or found == drawn and since >= max(pause, _MOST_SECONDS):
                 last, drawn = time.monotonic(), found
                 self._draw()
-                pause = min(max(_PAUSE_SECONDS, _PAUSE_FACTOR * (time.monotonic() - last)), _MOST_SECONDS)
+                pause = max(_PAUSE_SECONDS, _PAUSE_FACTOR * (time.monotonic() - last))
 
     def _found(self) -> list[tuple[int, int]]:
         """Of the run's records, what changes when one of them does."""

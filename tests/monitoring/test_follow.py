@@ -44,6 +44,19 @@ def test_the_end_of_a_phase_leaves_its_chart_and_the_one_of_a_kept_epoch(config,
     assert names == {"latest_progress.png", "training_progress_step_00000010.png"}
 
 
+def test_the_chart_of_a_kept_epoch_counts_into_the_pause_before_the_next_chart(config, tmp_path):
+    with Follower(config, PHASE, progress=False) as follower:
+        due_at = follower.due_at
+        train(tmp_path, 1, 20)
+        until = time.monotonic() + 60
+        while not (tmp_path / "plots" / PHASE / "training_progress_step_00000010.png").exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert follower.due_at > due_at
+        assert not (tmp_path / "plots" / PHASE / "latest_progress.png").exists()
+
+
 def test_only_a_kept_epoch_has_a_chart_that_stays(config, tmp_path):
     with Follower(config, PHASE, progress=False):
         train(tmp_path, 1, 20, kind="safety")
