@@ -6,8 +6,9 @@ and does it keep off the network?
 
 Makes up a run (two phases, faults, a resume, a sweep), or takes that of --run as it is and writes its report.html anew,
 and opens the page in headless Chromium, light and dark, at three sizes. Prints a line a view; exits 1 where axe finds a
-barrier, where the console tells of an error, a request goes out, the page scrolls sideways, or the slider does not
-answer to the keyboard. Wants node and npm, which get playwright-core and axe-core for it into a temporary folder.
+barrier, where the console tells of an error, a request goes out, the page scrolls sideways, the slider does not answer
+to the keyboard, or the made-up run is warned of wrongly after an hour without a record. Wants node and npm, which get
+playwright-core and axe-core for it into a temporary folder.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,7 +58,7 @@ STEPS, GLOBAL_BATCH, STEP_SECONDS, AVERAGE = (400, 300), 16, 2.4, "ema_decay_0.9
 
 LOOK = r"""
 const { chromium } = require("playwright-core");
-const { address, browser: executablePath, flags, sizes, screens } = JSON.parse(process.argv[2]);
+const { address, browser: executablePath, flags, sizes, screens, silent, alive } = JSON.parse(process.argv[2]);
 
 async function look(browser, colorScheme, [width, height]) {
   const context = await browser.newContext({ viewport: { width, height }, colorScheme });
@@ -112,11 +114,22 @@ async function withoutScript(browser) {
   return { view: "without script", checked: 0, problems };
 }
 
+async function silence(browser) {
+  const page = await browser.newPage(), problems = [];
+  for (const [from, warns] of [[silent, true], [alive, false]]) {
+    await page.goto(from);
+    if (Boolean(await page.locator("#silent").textContent()) !== warns)
+      problems.push(warns ? "no warning of an old page" : "a warning though the command of the run lives");
+  }
+  return { view: "an hour without a record", checked: 0, problems };
+}
+
 (async () => {
   const browser = await chromium.launch({ executablePath, args: flags });
   for (const scheme of ["light", "dark"])
     for (const size of sizes) console.log(JSON.stringify(await look(browser, scheme, size)));
   console.log(JSON.stringify(await withoutScript(browser)));
+  console.log(JSON.stringify(await silence(browser)));
   await browser.close();
 })().catch((error) => { console.error(error); process.exit(1); });
 """
@@ -130,12 +143,14 @@ def main() -> int:
     try:
         browser = find_chromium()
         with tempfile.TemporaryDirectory() as folder:
-            run = arguments.run or make_run(Path(folder) / "made_up_run")
+            made_up = make_run(Path(folder) / "made_up_run")
+            run = arguments.run or made_up
             began = time.perf_counter()
             page = write_report(run)
             seconds, size = time.perf_counter() - began, page.stat().st_size
             print(f"{page}: {size / 2**20:.2f} MB, written in {seconds:.1f} s", flush=True)
-            problems = look(page, browser, Path(folder), arguments.screens)
+            silent, alive = (without_records(made_up, Path(folder), alive) for alive in (False, True))
+            problems = look(page, silent, alive, browser, Path(folder), arguments.screens)
     except UserError as error:
         print(error)
         return 1
@@ -157,8 +172,16 @@ def find_chromium() -> str:
     return found
 
 
-def look(page: Path, browser: str, work: Path, screens: Path | None) -> list[str]:
-    """Open the page in every view -> what is wrong, in words."""
+def without_records(run: Path, folder: Path, alive: bool) -> Path:
+    """A page of the run, made to have no record for an hour; alive: its command has said just now that it works."""
+    page = write_report(run, folder / f"alive_{alive}.html", alive=alive)
+    long_ago = (datetime.now(UTC) - timedelta(hours=1)).isoformat(timespec="milliseconds")
+    page.write_text(re.sub('(?<=id="updated" datetime=")[^"]*', long_ago, page.read_text()))
+    return page
+
+
+def look(page: Path, silent: Path, alive: Path, browser: str, work: Path, screens: Path | None) -> list[str]:
+    """Open the page in every view, and two of a run without new records -> what is wrong, in words."""
     command = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(work)]
     if subprocess.run([*command, "playwright-core", "axe-core"], check=False).returncode:
         raise UserError("npm could not install playwright-core and axe-core; is there a network?")
@@ -168,6 +191,7 @@ def look(page: Path, browser: str, work: Path, screens: Path | None) -> list[str
     task = {
         "address": page.absolute().as_uri(), "browser": browser, "flags": CHROMIUM_FLAGS, "sizes": SIZES,
         "screens": str(screens.absolute()) if screens else None,
+        "silent": silent.absolute().as_uri(), "alive": alive.absolute().as_uri(),
     }  # fmt: skip
     command = ["node", str(work / "look.js"), json.dumps(task)]
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

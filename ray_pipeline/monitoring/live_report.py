@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 
 from ray_pipeline.config import Config
 from ray_pipeline.monitoring import phase_state
@@ -15,10 +16,12 @@ from ray_pipeline.run_copy import run_path
 from ray_pipeline.sweep_records import sweep_folder
 
 _POLL_SECONDS = 1.0
-#: between two pages at least, and at most where nothing is new
-_PAUSE_SECONDS, _MOST_SECONDS = 20.0, 600.0
+#: between two pages at least
+_PAUSE_SECONDS = 20.0
 #: and so many times as long as one takes, so that all of them take at most 0.5 %
 _PAUSE_FACTOR = 200
+#: a page that is older is marked: the command lives, though the run's records are the same or the next page is not due
+_ALIVE_SECONDS = 600.0
 _LEAST_PRIORITY = 19
 
 
@@ -46,14 +49,20 @@ class LiveReport:
     def _run(self) -> None:
         if sys.platform == "linux":  # where a priority may be one thread's own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
-        drawn, ended, pause, last = None, False, 0.0, -_MOST_SECONDS
+        from ray_pipeline.monitoring.report import mark_alive, write_report  # a second of import
+
+        drawn, ended, due_at, marked_at = None, False, 0.0, 0.0
         while not ended:
             ended = self._ended.wait(_POLL_SECONDS)
-            since, found = time.monotonic() - last, self._found()
-            if found != drawn and (ended or since >= pause) or found == drawn and since >= max(pause, _MOST_SECONDS):
-                last, drawn = time.monotonic(), found
-                self._draw()
-                pause = max(_PAUSE_SECONDS, _PAUSE_FACTOR * (time.monotonic() - last))
+            began, found = time.monotonic(), self._found()
+            if found != drawn and (ended or began >= due_at):
+                drawn = found
+                self._tried(lambda: write_report(self.run_dir, alive=True))
+                marked_at = time.monotonic()
+                due_at = marked_at + max(_PAUSE_SECONDS, _PAUSE_FACTOR * (marked_at - began))
+            elif began - marked_at >= _ALIVE_SECONDS:
+                self._tried(lambda: mark_alive(self.run_dir))
+                marked_at = began
 
     def _found(self) -> list[tuple[int, int]]:
         """Of the run's records, what changes when one of them does."""
@@ -67,11 +76,9 @@ class LiveReport:
             found.append((about.st_mtime_ns, about.st_size))
         return found
 
-    def _draw(self) -> None:
-        from ray_pipeline.monitoring.report import write_report  # a second of import
-
+    def _tried(self, write: Callable[[], object]) -> None:
         try:
-            write_report(self.run_dir)
+            write()
         except Exception as error:  # no picture is worth a run
             if not self._told:
                 self._told = True

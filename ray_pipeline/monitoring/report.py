@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,7 @@ _WHOLE = {"event", "time", "phase"}
 _ENDED = ("finished", "stopped", "failed")
 # so many times the validation loss at the start, and training has diverged
 _DIVERGED = 5.0
+_ALIVE = re.compile(rb'(<meta name="alive" content=")[^"]*')
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ class _Run:
         return [record for record in self._by_event.get(event, []) if phase in (None, record["phase"])]
 
 
-def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
+def write_report(run_dir: str | Path, out: Path | None = None, *, alive: bool = False) -> Path:
     """Write <run_dir>/report.html, or `out`, anew from what the run has written so far, and return its path.
 
     The page loads nothing: style, script and pictures are in it. A file of the run that is missing or damaged is named
-    there. Raises UserError when there is no run in run_dir, OSError when the page cannot be written.
+    there. alive: by a command that works on the run, which `mark_alive` tells again: the page warns of a run that may
+    have ended by when it did so last, else by the run's newest record.
+    Raises UserError when there is no run in run_dir, OSError when the page cannot be written.
     """
     import jinja2
 
@@ -79,10 +83,17 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
     )
     environment.filters |= {"number": _number, "seconds": format_seconds, "time": _time, "share": _share}
     template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="ascii"))
-    page = template.render(_contents(run))
+    page = template.render(_contents(run), alive=phase_state.utc_now() if alive else None)
     path = out or run.folder / FILE
     replace_file(path, page.encode("utf-8", "replace"))
     return path
+
+
+def mark_alive(run_dir: str | Path) -> None:
+    """Write into a page that was drawn so that the command which works on the run still does; OSError when it cannot be
+    written."""
+    path = Path(run_dir) / FILE
+    replace_file(path, _ALIVE.sub(rb"\g<1>" + phase_state.utc_now().encode(), path.read_bytes(), count=1))
 
 
 def _read(folder: Path) -> _Run:

@@ -1,22 +1,28 @@
 """A run's page while a command works on it, whatever it does."""
 
+import re
 import time
 import warnings
 
+from ray_pipeline.monitoring import live_report
 from ray_pipeline.monitoring.live_report import LiveReport
 from ray_pipeline.sweep_records import SweepRecord, TrialRecord, sweep_folder
 
 TIMEOUT_SECONDS = 60
 
 
+def wait_for(condition):
+    until = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def test_the_page_is_there_before_anything_is_trained_and_shows_a_sweep_between_the_phases(make_run):
     run = make_run()
     page = run.folder / "report.html"
     with LiveReport(run.config):
-        until = time.monotonic() + TIMEOUT_SECONDS
-        while not page.exists():
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_for(page.exists)
         assert "Nothing is trained yet." in page.read_text()
         run.train("one", 4, finish=True)
         sweep_folder(run.folder).mkdir()
@@ -41,3 +47,20 @@ def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(make_run):
             run.train("one", 4)
             time.sleep(2.5)  # it is drawn, and once more at the end
     assert len([warning for warning in told if "report.html cannot be drawn" in str(warning.message)]) == 1
+
+
+def test_a_page_that_is_not_due_again_says_that_its_command_lives(make_run, monkeypatch):
+    monkeypatch.setattr(live_report, "_ALIVE_SECONDS", 0.0)
+    monkeypatch.setattr(live_report, "_PAUSE_FACTOR", 10**6)
+    run = make_run()
+    page = run.folder / "report.html"
+    with LiveReport(run.config):
+        wait_for(page.exists)
+        first = page.read_text()
+        run.train("one", 4)
+        wait_for(lambda: page.read_text() != first)
+        second = page.read_text()
+    alive = re.compile('(?<=<meta name="alive" content=")[^"]+')
+    assert alive.search(second)[0] > alive.search(first)[0]
+    assert alive.sub("", second) == alive.sub("", first)
+    assert "step 12 of 12" in page.read_text()
