@@ -56,8 +56,8 @@ class LiveReport:
             ended = self._ended.wait(_POLL_SECONDS)
             began, found = time.monotonic(), self._found()
             if found != drawn and (ended or began >= due_at):
-                drawn = found
-                self._tried(lambda: write_report(self.run_dir, alive=True))
+                if self._tried(lambda: write_report(self.run_dir, alive=True)):
+                    drawn = found
                 marked_at = time.monotonic()
                 due_at = marked_at + max(_PAUSE_SECONDS, _PAUSE_FACTOR * (marked_at - began))
             elif began - marked_at >= _ALIVE_SECONDS:
@@ -76,10 +76,13 @@ class LiveReport:
             found.append((about.st_mtime_ns, about.st_size))
         return found
 
-    def _tried(self, write: Callable[[], object]) -> None:
+    def _tried(self, write: Callable[[], object]) -> bool:
+        """Whether the page could be written."""
         try:
             write()
         except Exception as error:  # no picture is worth a run
             if not self._told:
                 self._told = True
                 warnings.warn(f"report.html cannot be drawn: {type(error).__name__}: {error}", stacklevel=2)
+            return False
+        return True

@@ -44,9 +44,23 @@ def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(make_run):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         with LiveReport(run.config):
-            run.train("one", 4)
-            time.sleep(2.5)  # it is drawn, and once more at the end
+            wait_for(lambda: told)
+            run.train("one", 4)  # so that it is drawn once more at the end
     assert len([warning for warning in told if "report.html cannot be drawn" in str(warning.message)]) == 1
+
+
+def test_a_page_that_could_not_be_written_for_a_while_is_drawn_though_nothing_is_new(make_run):
+    run = make_run()
+    run.train("one", 4)
+    in_the_way = run.folder / "report.html" / "in the way"
+    in_the_way.mkdir(parents=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with LiveReport(run.config):
+            wait_for(lambda: told)
+            in_the_way.rmdir()
+            in_the_way.parent.rmdir()
+    assert "step 12 of 12" in (run.folder / "report.html").read_text()
 
 
 def test_a_page_that_is_not_due_again_says_that_its_command_lives(make_run, monkeypatch):
