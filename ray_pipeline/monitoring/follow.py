@@ -119,7 +119,7 @@ class Follower:
         if self._began is not None and self.progress is None:
             state = self._state()
             self.progress = Progress(
-                state.phase(self.phase).steps,
+                self._began["total_steps"],  # the state may still hold those of an earlier plan
                 self.phase,
                 start=self._began["step"],
                 samples_per_unit=self.config.train.global_batch,

@@ -30,7 +30,7 @@ def config(tmp_path):
 
 def train(run_dir, first, last, kind="epoch"):
     with EventLog(run_dir, PHASE, resume_step=first - 1) as log:
-        log.emit(PhaseEvent(PHASE, "started", first - 1, "attempt 1"))
+        log.emit(PhaseEvent(PHASE, "started", first - 1, "attempt 1", total_steps=20))
         for step in range(first, last + 1):
             log.emit(StepEvent(PHASE, step, 8 * step, 1, 1 / step, 1e-4, 0.5, 12.5, 0.01))
             if step == 10:
@@ -113,6 +113,15 @@ def test_a_state_that_cannot_be_read_for_a_while_delays_the_line_of_progress(con
             train(tmp_path, 2, 20)
     assert f"{PHASE}  step 20/20  100%" in capsys.readouterr().err
     assert (tmp_path / "plots" / PHASE / "latest_progress.png").exists()
+
+
+def test_the_line_counts_to_the_steps_of_its_attempt_and_not_to_those_of_a_plan_before(config, tmp_path, capsys):
+    state = PhaseState(current_phase=PHASE)
+    state.phase(PHASE).steps = 10
+    state.save(tmp_path / "phase_state.json")
+    with Follower(config, PHASE, progress=True):
+        train(tmp_path, 11, 20)
+    assert f"{PHASE}  step 20/20  100%" in capsys.readouterr().err
 
 
 def test_what_a_resume_has_cut_and_written_again_between_two_looks_is_not_missed(config, tmp_path):
