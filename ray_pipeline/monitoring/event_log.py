@@ -27,10 +27,10 @@ _CLOSE_SECONDS = 30.0
 class EventLog:
     """Context manager that tells the events of one phase of the run in `run_dir`.
 
-    sinks: their names. With `resume_step` N what earlier attempts of this phase told after step N is cut away in the
-    JSON lines, and hidden where a sink can; other phases are untouched. A file that cannot be written, and a sink that
-    fails or cannot keep up, are given up with one line in `troubles`: monitoring never stops or slows training. So does
-    the first picture that a sink cannot read; the sink goes on.
+    sinks: their names. With `resume_step` N what earlier attempts of this phase told after step N, but for faults, is
+    cut away in the JSON lines, and hidden where a sink can; other phases are untouched. A file that cannot be written,
+    and a sink that fails or cannot keep up, are given up with one line in `troubles`: monitoring never stops or slows
+    training. The first picture that a sink cannot read is told there, too.
     """
 
     def __init__(

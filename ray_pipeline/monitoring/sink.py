@@ -37,9 +37,10 @@ class SinkContext:
         return Folder(location_of(self.run_dir)).name
 
     def recorded(self) -> Iterator[Event]:
-        """Events with numbers that earlier attempts recorded and that still hold."""
+        """Events with numbers that earlier attempts recorded and that still hold, and all of their faults."""
         for record in read_events(self.run_dir, self.phase) if self.resume_step is not None else ():
-            if record["event"] in ("step", "validation", "checkpoint") and record["step"] <= self.resume_step:
+            has_numbers = record["event"] in ("step", "validation", "checkpoint")
+            if record["event"] == "fault" or (has_numbers and record["step"] <= self.resume_step):
                 yield from_record(record)
 
 

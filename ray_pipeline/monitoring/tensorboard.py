@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from io import BytesIO, FileIO
 from pathlib import Path
@@ -21,13 +22,15 @@ import numpy as np
 from PIL import Image
 
 from ray_pipeline.json_lines import write_whole
-from ray_pipeline.monitoring.events import Event, SampleEvent, curves, note
+from ray_pipeline.monitoring.events import Event, FaultEvent, SampleEvent, curves, note
 from ray_pipeline.monitoring.sink import SinkContext, read_picture
 from ray_pipeline.storage import replace_file
 
 PREVIEW_PIXELS = 1024
 #: tags of what is written once for all attempts
 _ONCE = "_hparams_/"
+#: of the texts of faults
+_FAULTS = "fault/text_summary"
 _HYPERPARAMETERS = ("model", "optimizer", "train", "ema", "scheduler", "hint_control")
 
 
@@ -35,7 +38,7 @@ class TensorBoard:
     """Sink: curves, texts, pictures and hyperparameters of one phase in logs/tensorboard/<phase>.
 
     What earlier attempts wrote after context.resume_step is taken out of their files; points up to it that a kill kept
-    from the disk are written now.
+    from the disk are written now, and so are faults after it: they hold for good.
     """
 
     def __init__(self, context: SinkContext):
@@ -48,7 +51,7 @@ class TensorBoard:
         self._run_dir = context.run_dir
         folder = context.run_dir / "logs" / "tensorboard" / context.phase
         folder.mkdir(parents=True, exist_ok=True)
-        resume_step, known = context.resume_step, set()
+        resume_step, known, faults = context.resume_step, set(), Counter()
         # TensorBoard reads the files of a folder in the order of their names, so the name begins with time.
         earlier = sorted(folder.glob("events.out.tfevents.*"))
         for path in earlier:
@@ -57,6 +60,7 @@ class TensorBoard:
                 _cut(path, resume_step, self._event, always=path == earlier[-1])
             for _, event in _records(path, self._event):
                 known |= {(value.tag, event.step) for value in event.summary.value if value.HasField("simple_value")}
+                faults[event.step] += any(value.tag == _FAULTS for value in event.summary.value)
         name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
         self._file = FileIO(folder / name, "x")
         self._write(file_version="brain.Event:2")
@@ -66,6 +70,10 @@ class TensorBoard:
             self._write(step=resume_step + 1, session_log={"status": event_pb2.SessionLog.START})
             for event in context.recorded():
                 self._write_curves(event, [tag for tag in curves(event) if (tag, event.step) not in known])
+                if isinstance(event, FaultEvent):  # the data server shows it until one of an earlier step comes
+                    faults[event.step] -= 1
+                    if faults[event.step] < 0:
+                        self._write_note(event)
         if not earlier and context.config:
             values = hyperparameters(context.config, context.phase)
             for part in summary.hparams(values, {_judged_curve(context.config): math.nan}):
@@ -73,9 +81,7 @@ class TensorBoard:
 
     def emit(self, event: Event) -> None:
         self._write_curves(event, list(curves(event)))
-        told = note(event)
-        if told:
-            self._write(step=int(event.step), summary=self._summary.text(*told))
+        self._write_note(event)
         if isinstance(event, SampleEvent):
             self._write_picture(event)
 
@@ -87,6 +93,11 @@ class TensorBoard:
         if tags:
             values = [{"tag": tag, "simple_value": float(points[tag])} for tag in tags]
             self._write(step=int(event.step), summary={"value": values})
+
+    def _write_note(self, event: Event) -> None:
+        told = note(event)
+        if told:
+            self._write(step=int(event.step), summary=self._summary.text(*told))
 
     def _write_picture(self, event: SampleEvent) -> None:
         # The record's checksum runs in Python at 0.3 s a MiB: hence one channel for gray, and a small preview.

@@ -185,11 +185,13 @@ def test_after_a_kill_and_a_resume_tensorboard_has_every_point_of_the_records_on
     assert_equal(board(tmp_path)[0], told(tmp_path))
 
 
-def test_no_reader_of_tensorboard_shows_what_a_killed_attempt_told_after_the_resume_step(tmp_path):
+def test_no_reader_of_tensorboard_shows_what_a_killed_attempt_told_after_the_resume_step_but_its_faults(tmp_path):
     config = parse_config({"phases": [{"name": PHASE, "epochs": 2}]}).dump()
     with EventLog(tmp_path, PHASE, ("tensorboard",), config=config, resume_step=-1) as log:
         for event in events(1, 43):
             log.emit(event)
+        log.emit(PhaseEvent(PHASE, "stopped", 43, "stopped after step 43"))
+        log.emit(FaultEvent(PHASE, 20, "save", "the disk is nearly full"))
         log.emit(FaultEvent(PHASE, 41, "save", "the disk is full"))
     folder = tmp_path / "logs" / "tensorboard" / PHASE
     (first,) = folder.iterdir()
@@ -203,9 +205,13 @@ def test_no_reader_of_tensorboard_shows_what_a_killed_attempt_told_after_the_res
     assert {step for tag, step in expected if tag == "checkpoint/seconds"} == {5, 10, 15, 20}
     shown, texts = data_server(tmp_path, 24)
     assert_equal(shown, expected)
-    assert texts == set()
+    assert texts == {"fault/text_summary"}  # faults hold for good
     points, reader = board(tmp_path)
     assert_equal(points, expected)
+    faults = [(record["step"], f"save: {record['message']}") for record in read_events(tmp_path, PHASE, "fault")]
+    shown = [(one.step, one.tensor_proto.string_val[0].decode()) for one in reader.Tensors("fault/text_summary")]
+    assert shown == faults
+    assert [step for step, _ in faults] == [20, 41]
     assert b"phase.epochs" in reader.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert sorted(folder.iterdir())[0] == first
     assert len(list(folder.iterdir())) == 2
