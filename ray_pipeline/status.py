@@ -12,7 +12,7 @@ from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import STEP_PARTS
 from ray_pipeline.monitoring.metrics_file import MetricsReader
 from ray_pipeline.monitoring.pace import time_left
-from ray_pipeline.monitoring.progress import format_bytes, format_seconds
+from ray_pipeline.monitoring.progress import format_bytes, format_seconds, format_share
 from ray_pipeline.run_copy import reading_copy, run_path
 from ray_pipeline.run_state import Run, read_run
 from ray_pipeline.storage import Folder
@@ -124,9 +124,9 @@ def _pace(run: Run, records: Sequence[dict]) -> list[str]:
     ]
     parts = {name: last.get(f"{key}_seconds", math.nan) for name, key in STEP_PARTS.items()}
     if math.isfinite(last.get("step_seconds", math.nan)):
-        shares = ", ".join(f"{name} {100 * part / last['step_seconds']:.0f}%" for name, part in parts.items())
+        shares = ", ".join(f"{name} {format_share(part / last['step_seconds'])}" for name, part in parts.items())
         lines.append(
             f"  a step takes {format_seconds(last['step_seconds'])}: {shares}; model FLOP utilisation "
-            f"{100 * last['utilisation']:.0f}%, memory {format_bytes(last['memory_bytes'])}"
+            f"{format_share(last['utilisation'])}, memory {format_bytes(last['memory_bytes'])}"
         )
     return lines

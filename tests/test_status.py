@@ -7,7 +7,7 @@ import pytest
 
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.event_log import EventLog
-from ray_pipeline.monitoring.events import FaultEvent
+from ray_pipeline.monitoring.events import FaultEvent, StepEvent
 from ray_pipeline.monitoring.metrics_file import MetricsReader, read_events
 from ray_pipeline.run_copy import run_path
 from ray_pipeline.status import describe_run, watch_run
@@ -35,6 +35,15 @@ def test_a_validation_loss_of_0_at_the_start_has_no_ratio(half_run):
     state.phase("two").baseline_val_loss = 0.0
     state.save(half_run.state_file)
     assert "at the start 0.0000\n" in describe_run(half_run.folder)
+
+
+def test_what_was_not_measured_of_a_step_is_no_number(half_run):
+    with EventLog(half_run.folder, "two") as log:
+        log.emit(StepEvent("two", 3, 24, 1, 0.5, 1e-4, 0.5, 12.5, 0.125, step_seconds=0.5, compute_seconds=0.25))
+    text = describe_run(half_run.folder)
+    assert "data wait 25.0%, forward and backward 50.0%, optimizer not measured, " in text
+    assert "model FLOP utilisation not measured, " in text
+    assert "nan%" not in text
 
 
 def test_watching_a_run_in_object_storage_keeps_one_copy_and_sees_what_changes(half_run, s3, tmp_path):

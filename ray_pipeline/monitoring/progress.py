@@ -35,6 +35,11 @@ def format_bytes(size: float) -> str:
     return _scaled(size, 1024.0, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
 
 
+def format_share(value: float) -> str:
+    """Share of a whole, 0 to 1, in percent; not measured when it is not finite."""
+    return f"{100 * value:.1f}%" if math.isfinite(value) else "not measured"
+
+
 def format_count(count: float) -> str:
     """Number with three digits and a magnitude: 950, 12.3k, 675M, 2.87B."""
     return _scaled(count, 1000.0, ("", "k", "M", "B", "T"))

@@ -18,7 +18,7 @@ from ray_pipeline.monitoring.events import STEP_PARTS
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.monitoring.pace import time_left
 from ray_pipeline.monitoring.phase_state import PhaseProgress, PhaseState
-from ray_pipeline.monitoring.progress import format_bytes, format_seconds
+from ray_pipeline.monitoring.progress import format_bytes, format_seconds, format_share
 from ray_pipeline.monitoring.report_pictures import chart_pictures, embedded_picture, sample_pictures
 from ray_pipeline.run_copy import location_of
 from ray_pipeline.storage import Folder, replace_file
@@ -81,7 +81,7 @@ def write_report(run_dir: str | Path, out: Path | None = None, *, alive: bool = 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "seconds": format_seconds, "time": _time, "share": _share}
+    environment.filters |= {"number": _number, "seconds": format_seconds, "time": _time, "share": format_share}
     template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="ascii"))
     page = template.render(_contents(run), alive=phase_state.utc_now() if alive else None)
     path = out or run.folder / FILE
@@ -235,7 +235,7 @@ def _facts(run: _Run, kind: str, newest: Mapping[str, Any], faults: int) -> list
     return facts + [
         ("Validation loss", loss, compared),
         ("Samples a second", _measured(newest.get("samples_per_second", math.nan)), ""),
-        ("Model FLOP utilisation", _share(newest.get("utilisation", math.nan)), "of the device's peak"),
+        ("Model FLOP utilisation", format_share(newest.get("utilisation", math.nan)), "of the device's peak"),
         ("Memory", format_bytes(memory) if math.isfinite(memory) else "not measured", "the most so far"),
         ("Faults", str(faults), "see Faults and history" if faults else ""),
     ]
@@ -323,10 +323,6 @@ def _number(value: float) -> str:
 
 def _measured(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "not measured"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}%" if math.isfinite(value) else "not measured"
 
 
 def _left(seconds: float) -> str:
