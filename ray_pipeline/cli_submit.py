@@ -29,7 +29,8 @@ def add_submit(add: Add) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--retries", type=_count, default=0, metavar="N",
-        help="with --wait, which it implies: a job whose driver died is submitted again, so many times",
+        help="with --wait, which it implies: a job whose driver died, or that ended because storage did not answer, is "
+        "submitted again, so many times",
     )  # fmt: skip
     parser.add_argument(
         "--working-dir", type=Path, default=Path(), metavar="DIR",

@@ -1,4 +1,4 @@
-"""A submitted job until its end: its log as it comes, Ctrl-C, and another try when its driver died."""
+"""A submitted job until its end: its log as it comes, Ctrl-C, and another try when what ended it may pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import TRY_AGAIN, UserError
 from ray_pipeline.submission import Job, job_record, next_commands, on_one_line, refusal, submit_job
 
 #: how long a cluster that does not answer is asked again, and how often, in seconds
@@ -36,11 +36,12 @@ Write = Callable[[str], None]
 @dataclass(frozen=True)
 class Ended:
     """How a job ended. exit_status: the driver's, 128 + the number of the signal that ended it; of a job that was
-    stopped Ray tells none, and it is SIGTERM's. driver_died: without being asked to."""
+    stopped Ray tells none, and it is SIGTERM's. may_pass: it is worth another try, since the driver died without being
+    asked to, or said so by its status."""
 
     words: str
     exit_status: int
-    driver_died: bool
+    may_pass: bool
 
 
 def attend_job(
@@ -55,7 +56,7 @@ def attend_job(
 ) -> int:
     """Follow a submitted job to its end; returns its exit status, 130 when Ctrl-C left it running.
 
-    retries: how often a job whose driver died is submitted again; write: gets its log as it comes; say: gets a line of
+    retries: how often a job whose end may pass is submitted again; write: gets its log as it comes; say: gets a line of
     ours; ask: after Ctrl-C, whether to stop the job too; silent_seconds: how long a silent log is believed.
     """
     first, pause = job.job_id, _FIRST_PAUSE_SECONDS
@@ -64,9 +65,9 @@ def attend_job(
         if ended is None:
             return 128 + signal.SIGINT
         say(f"job {job.job_id} {ended.words}")
-        if not ended.driver_died or retry > retries:
+        if not ended.may_pass or retry > retries:
             break
-        say(f"its driver died: submitted again in {pause:g} s, retry {retry} of {retries}")
+        say(f"this may pass: submitted again in {pause:g} s, retry {retry} of {retries}")
         try:
             time.sleep(pause)
         except KeyboardInterrupt:
@@ -93,20 +94,20 @@ def ask_to_stop() -> bool:
 def how_it_ended(details: JobDetails | None) -> Ended:
     """What a job's record says of its end; None: the cluster has no record any more."""
     if details is None:
-        return Ended("is not known to the cluster any more", 1, driver_died=True)
+        return Ended("is not known to the cluster any more", 1, may_pass=True)
     if details.status == JobStatus.SUCCEEDED:
-        return Ended("succeeded", 0, driver_died=False)
+        return Ended("succeeded", 0, may_pass=False)
     if details.status == JobStatus.STOPPED:
-        return Ended("was stopped", 128 + signal.SIGTERM, driver_died=False)
+        return Ended("was stopped", 128 + signal.SIGTERM, may_pass=False)
     code = details.driver_exit_code
     if code is None:
-        return Ended(f"failed ({on_one_line(details.message)})", 1, driver_died=details.error_type in _LOST)
+        return Ended(f"failed ({on_one_line(details.message)})", 1, may_pass=details.error_type in _LOST)
     status = 128 - code if code < 0 else code
     number = status - 128  # a shell that Ray runs ends so when its command was killed
     if not 0 < number < signal.NSIG:
-        return Ended(f"failed with exit status {status}", status, driver_died=False)
+        return Ended(f"failed with exit status {status}", status, may_pass=status == TRY_AGAIN)
     # a `ray job stop` makes it STOPPED: a SIGTERM of others came with its node, such as a pod that is drained
-    return Ended(f"was ended by {signal.Signals(number).name}", status, driver_died=number != signal.SIGINT)
+    return Ended(f"was ended by {signal.Signals(number).name}", status, may_pass=number != signal.SIGINT)
 
 
 def _follow_or_leave(log: _Log, ask: Callable[[], bool]) -> Ended | None:
@@ -115,7 +116,7 @@ def _follow_or_leave(log: _Log, ask: Callable[[], bool]) -> Ended | None:
     while True:
         try:
             ended = log.follow()
-            return replace(ended, driver_died=ended.driver_died and not stopping)
+            return replace(ended, may_pass=ended.may_pass and not stopping)
         except KeyboardInterrupt:
             if stopping or not ask():
                 say(f"job {job_id} {'is being stopped' if stopping else 'goes on'} without this command")

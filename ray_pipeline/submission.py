@@ -59,8 +59,7 @@ class Job:
         return shlex.join(self.words)
 
     def again(self, retry: int, first: str) -> Job:
-        """The job after its driver died, with the same files: it goes on with the run, or begins it where nothing was
-        begun."""
+        """The job once more, with the same files: it goes on with the run, or begins it where nothing was begun."""
         words = tuple(word for word in self.words if not word.startswith("--resume"))
         return replace(
             self,
