@@ -656,6 +656,7 @@ COMMITS = 'trap "exit 143" TERM; for _ in {1..200}; do sleep 0.05; done; exit 9'
         ("exit 1", None, 3, 0, True, 4),
         ("exit 1", None, 19, 0, True, 20),
         ("exit 1", None, 20, 1, False, None),
+        ("exit 75", None, 3, 0, True, 4),  # storage does not answer
         ("exit 2", None, 3, 2, False, None),  # wrong input
     ],
 )
