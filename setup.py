@@ -37,6 +37,7 @@ setup(
         "safetensors>=0.4.3",
         "huggingface-hub>=0.23",
         "psutil>=5.9",
+        "packaging>=24",
         "jinja2>=3.1",
         "aiohttp>=3.9",  # what Ray's job client raises
     ],

@@ -1,8 +1,8 @@
 """What `ray.runtime_env` may hold: packages, variables and files that Ray brings to every node.
 
-A config is data: it can start no program, and load no code but that of the packages (pip, uv) and of the folders of the
-submitting machine (working_dir, py_modules) that it names; look at these before using the config of somebody else. It
-holds no credentials: config.yaml is stored with the run.
+A config is data: it can start no program, and load no code but that of the packages (pip, uv; by their names alone, of
+the index that the nodes use) and of the folders of the submitting machine (working_dir, py_modules) that it names; look
+at these before using the config of somebody else. It holds no credentials: config.yaml is stored with the run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.passwords import holds_credential, names_credential, texts
@@ -35,10 +37,16 @@ _CODE_VARIABLES = (
     "LD_PRELOAD", "LD_AUDIT", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONBREAKPOINT", "BASH_ENV", "ENV",
     "RAY_RUNTIME_ENV_HOOK", "RAY_RUNTIME_ENV_PLUGINS",
 )  # fmt: skip
-#: variables that say where programs and code lie, or which are run: for who submits a job to set, not for a config
-_CODE_PLACES = re.compile(
-    r"PATH|PYTHON(PATH|USERBASE|PLATLIBDIR|PYCACHEPREFIX|WARNINGS|INSPECT|EXECUTABLE)|(LD|DYLD|GIT|SSH)_\w+|CC|CXX|SHELL|"
-    r"RAY_\w*(HOOK|CALLBACKS?|PLUGINS)"
+#: all the variables that a config may set: none says where programs, code, plugins, their settings or credentials lie
+_OF_CONFIG = re.compile(
+    r"""[A-Z]+_NUM_THREADS|OMP_(PROC_BIND|PLACES|WAIT_POLICY|DYNAMIC)|KMP_(AFFINITY|BLOCKTIME)|MALLOC_ARENA_MAX
+    |CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|DEVICE_MAX_CONNECTIONS|LAUNCH_BLOCKING|MODULE_LOADING)
+    |CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|PYTORCH_(CUDA_)?ALLOC_CONF|TORCH_(DISTRIBUTED_DEBUG|CPP_LOG_LEVEL)
+    |(TORCH_)?NCCL_(?!\w*(PLUGIN|LIB|FILE|PATH|COMM_ID))\w+|(GLOO|TP)_SOCKET_IFNAME
+    |AWS_((DEFAULT_)?REGION|ENDPOINT_URL(_S3)?|EC2_METADATA_DISABLED|MAX_ATTEMPTS|RETRY_MODE)
+    |HF_(HOME|HUB_(CACHE|OFFLINE|DISABLE_\w+|\w+_TIMEOUT))|TRANSFORMERS_OFFLINE|TOKENIZERS_PARALLELISM
+    |WANDB_(MODE|ENTITY|SILENT)|PYTHON(UNBUFFERED|HASHSEED|FAULTHANDLER)|TZ|LANG|LC_[A-Z]+""",
+    re.VERBOSE,
 )
 #: fields whose files are code
 _CODE_FIELDS = ("working_dir", "py_modules")
@@ -63,18 +71,44 @@ def check_runtime_env(fields: Mapping[str, Any], *, of_submitter: bool = False) 
             raise ValueError(f"unknown field {name}.{unknown[0]}; known are {', '.join(known)}")
     for name, value in fields.get("env_vars", {}).items():
         _check_variable(name, value)
-        if not of_submitter and _CODE_PLACES.fullmatch(name):
+    if any(holds_credential(text) for _, text in texts(fields)):
+        raise ValueError("a text or URL in it holds a password or key, which others would read; take it out")
+    if not of_submitter:
+        _check_of_config(fields)
+
+
+def _check_of_config(fields: Mapping[str, Any]) -> None:
+    """ValueError for what could bring other code than the packages and folders that a config names."""
+    for name in fields.get("env_vars", {}):
+        if not _OF_CONFIG.fullmatch(name):
             raise ValueError(
-                f"env_vars.{name} chooses the code or the programs of processes, which a config may not; set it on the "
-                "nodes, or for one job with `ray-pipeline submit --env`"
+                f"env_vars.{name} is none of the variables that a config may set (of threads, devices, NCCL, the Hub's "
+                "cache, S3's region and endpoint), since others may choose code or programs of processes; set it on "
+                "the nodes, or for one job with `ray-pipeline submit --env`"
             )
-    for name in () if of_submitter else _CODE_FIELDS:
+    for name in _CODE_FIELDS:
         if any(is_uri(text) for _, text in texts(fields.get(name, ()))):
             raise ValueError(
                 f"{name} is a URI, whose code would run on every node; give a path on the submitting machine"
             )
-    if any(holds_credential(text) for _, text in texts(fields)):
-        raise ValueError("a text or URL in it holds a password or key, which others would read; take it out")
+    for name in ("pip", "uv"):
+        packages = fields.get(name, [])
+        if not isinstance(packages, list) or not all(_is_plain(package) for package in packages):
+            raise ValueError(
+                f"{name} holds more than names of packages, such as [my-hints==1.0]; take URLs, paths and "
+                "options out of it, or give them for one job to `ray-pipeline submit --pip`"
+            )
+
+
+def _is_plain(package: Any) -> bool:
+    """Whether it is a name with or without extras and versions, on one line of the file that pip is given."""
+    try:
+        requirement = Requirement(package)
+    except (InvalidRequirement, TypeError):
+        return False
+    # any text may follow ===, an option too
+    plain = requirement.url is None and requirement.marker is None and "===" not in package
+    return plain and package.isprintable()
 
 
 def _check_variable(name: Any, value: Any) -> None:

@@ -56,9 +56,9 @@ from ray_pipeline.sections import RayConfig
 
 @ray.remote
 def seen():
-    return os.environ["SEEN"], open("note.txt").read()
+    return os.environ["HF_HOME"], open("note.txt").read()
 
-environment = {"env_vars": {"SEEN": "yes"}, "working_dir": sys.argv[1]}
+environment = {"env_vars": {"HF_HOME": "yes"}, "working_dir": sys.argv[1]}
 with ray_session(RayConfig(address="local", object_store_gib=0.125, runtime_env=environment)):
     print(json.dumps([ray.cluster_resources()["object_store_memory"], *ray.get(seen.remote())]))
 """
@@ -97,7 +97,7 @@ def test_an_address_where_nothing_answers_is_refused_at_once():
 def test_a_runtime_environment_comes_too_late_for_a_ray_that_was_joined(ray_cluster):
     with (
         pytest.raises(UserError, match=r"ray\.runtime_env comes too late"),
-        ray_session(RayConfig(runtime_env={"env_vars": {"A": "1"}})),
+        ray_session(RayConfig(runtime_env={"env_vars": {"TZ": "UTC"}})),
     ):
         pass
 

@@ -37,12 +37,36 @@ def test_fields_that_run_code_and_wrong_ones_are_refused(fields, said):
 @pytest.mark.parametrize(
     "name",
     ["PATH", "PYTHONPATH", "PYTHONUSERBASE", "PYTHONWARNINGS", "LD_LIBRARY_PATH", "GIT_SSH_COMMAND", "GIT_SSH",
-     "GIT_CONFIG_COUNT", "SSH_ASKPASS", "RAY_TRAIN_CALLBACKS", "RAY_START_HOOK", "CC"],
+     "GIT_CONFIG_COUNT", "SSH_ASKPASS", "RAY_TRAIN_CALLBACKS", "RAY_START_HOOK", "CC", "PIP_INDEX_URL", "UV_INDEX",
+     "NCCL_NET_PLUGIN", "NCCL_TUNER_PLUGIN", "NCCL_CONF_FILE", "NCCL_CUDA_PATH", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+     "CUDA_INJECTION64_PATH", "OPENSSL_CONF", "TRITON_PTXAS_PATH", "TORCHINDUCTOR_CACHE_DIR", "OMP_TOOL_LIBRARIES",
+     "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_ENDPOINT_URL_STS", "HF_ENDPOINT", "WANDB_BASE_URL",
+     "HTTPS_PROXY", "omp_num_threads", "MY_OWN"],
 )  # fmt: skip
-def test_variables_by_which_a_config_would_choose_code_are_for_the_submitter(name):
-    with pytest.raises(UserError, match=rf"ray\.runtime_env: .*env_vars\.{name} chooses the code.*submit --env"):
+def test_variables_by_which_a_config_could_choose_code_are_for_the_submitter(name):
+    with pytest.raises(UserError, match=rf"ray\.runtime_env: .*env_vars\.{name} is none of.*submit --env"):
         config_with({"env_vars": {name: "/tmp/a"}})
     check_runtime_env({"env_vars": {name: "/tmp/a"}}, of_submitter=True)
+
+
+@pytest.mark.parametrize(
+    "packages",
+    ["requirements.txt", ["https://host/x.whl"], ["a @ https://host/x.whl"], ["git+https://host/x.git"], ["./x"],
+     ["/tmp/x.whl"], ["a", "--index-url=https://host"], ["-r other.txt"], ["a\n--index-url=https://host"],
+     ["a===\n--index-url=https://host"], ["a=== --global-option=x"], ["a ==\n1"], ["a; extra == '\n-r x\n'"], [3],
+     {"packages": ["a"], "pip_install_options": ["--index-url=https://host"]}],
+)  # fmt: skip
+@pytest.mark.parametrize("field", ["pip", "uv"])
+def test_packages_by_more_than_their_names_are_for_the_submitter(field, packages):
+    with pytest.raises(UserError, match=rf"ray\.runtime_env: .*{field} holds more than names.*submit --pip"):
+        config_with({field: packages})
+    check_runtime_env({field: packages}, of_submitter=True)
+
+
+@pytest.mark.parametrize("field", ["pip", "uv"])
+def test_packages_by_name_and_version_are_for_a_config(field):
+    packages = ["my-hints", "my_hints==1.0", "a[x,y] >= 1.2, < 2", "b~=1.0"]
+    assert config_with({field: packages}).ray.runtime_env == {field: packages}
 
 
 @pytest.mark.parametrize("uri", ["https://evil/x.zip", "s3://bucket/x.zip", "gcs://x.zip", "file:///tmp/x.zip"])
@@ -52,7 +76,13 @@ def test_a_config_brings_no_code_from_elsewhere(field, uri):
         config_with({field: uri if field == "working_dir" else ["/home/me/module", uri]})
 
 
-@pytest.mark.parametrize("name", ["PYTHONUNBUFFERED", "PYTHONHASHSEED", "OMP_NUM_THREADS", "NCCL_DEBUG", "HF_HOME"])
+@pytest.mark.parametrize(
+    "name",
+    ["PYTHONUNBUFFERED", "PYTHONHASHSEED", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME",
+     "NCCL_IB_HCA", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "GLOO_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES", "HF_HOME",
+     "HF_HUB_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL",
+     "AWS_ENDPOINT_URL_S3"],
+)  # fmt: skip
 def test_variables_that_choose_no_code_are_for_a_config(name):
     assert config_with({"env_vars": {name: "1"}}).ray.runtime_env == {"env_vars": {name: "1"}}
 
@@ -109,7 +139,7 @@ def test_credentials_are_refused_and_not_repeated(fields):
 
 
 def test_what_is_allowed_comes_through_as_it_is(tmp_path):
-    variables = {"TOKENIZERS_PARALLELISM": "false", "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/token", "HF_HOME": "/hub"}
+    variables = {"TOKENIZERS_PARALLELISM": "false", "AWS_REGION": "eu-west-1", "HF_HOME": "/hub"}
     fields = {"env_vars": variables, "pip": ["my-hints"], "config": {"setup_timeout_seconds": 60}}
     config = config_with(fields | {"working_dir": str(tmp_path)})
     assert parse_config(config.dump()).ray.runtime_env == fields | {"working_dir": str(tmp_path)}
