@@ -7,13 +7,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-#: words in the name of a variable, or of an option of a URI, that holds a credential
+#: words, between underscores, in the name of a variable, or of an option of a URI, that holds a credential
 _WORDS = re.compile(
-    r"\w*(?:PASSWORD|PASSWD|PASSPHRASE|PWD|SECRET|TOKEN|CREDENTIALS?|CONNSTR|CONNECTIONSTRING)|(?!BY|COM|ASK)\w*PASS|"
-    r"(?:API|ACCESS|ACCOUNT|PRIVATE|SECRET|SHARED)?KEY|PAT|SAS|SIG|SIGNATURE|AUTH"
+    r"(?:^|_)(?:"
+    r"[A-Z0-9]*(?:(?:PASSWORD|PASSWD|PASSPHRASE|PWD|SECRET|CREDENTIAL)S?|TOKEN|CONNSTR|CONNECTION_?STRING)|"
+    r"(?<!MAX_)(?<!MIN_)(?<!NUM_)(?<!NEW_)[A-Z0-9]*TOKENS|(?!BY|COM|ASK)[A-Z0-9]*PASS|KEY|"
+    r"(?:API|ACCESS|ACCOUNT|PRIVATE|SECRET|SHARED|MASTER|SIGNING|ENCRYPTION|SSH)_?KEYS?|"
+    r"PAT|SAS|SIG|SIGNATURE|AUTH|JWT|WEBHOOK"
+    r")(?:_|$)"
 )
 #: a name that ends so only says where a credential lies, or of what kind it is
-_PLACES = {"FILE", "PATH", "DIR", "KIND"}
+_PLACES = ("_FILE", "_PATH", "_DIR", "_KIND")
+#: known names that only say it too
+_PLACE_NAMES = {
+    "GOOGLE_APPLICATION_CREDENTIALS", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+}  # fmt: skip
 #: credentials that can be told by their form: keys of Azure, AWS and Google, tokens of GitHub, GitLab, Hugging Face and
 #: Slack, private keys
 _FORMS = re.compile(
@@ -27,9 +35,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(\S*)")
 def names_credential(name: str) -> bool:
     """Whether a variable or an option of this name holds a credential itself."""
     words = re.sub(r"([a-z])([A-Z])", r"\1_\2", name)
-    words = [word for word in re.split(r"[^A-Za-z0-9]+|_", words.upper()) if word]
-    named = any(_WORDS.fullmatch(word) for word in words) or {"CONNECTION", "STRING"} <= set(words)
-    return named and words[-1] not in _PLACES
+    words = "_".join(word for word in re.split(r"[^A-Za-z0-9]+", words.upper()) if word)
+    return _WORDS.search(words) is not None and not words.endswith(_PLACES) and words not in _PLACE_NAMES
 
 
 def uri_credential(uri: str) -> str | None:

@@ -90,7 +90,9 @@ def test_variables_that_choose_no_code_are_for_a_config(name):
 @pytest.mark.parametrize(
     "name",
     ["MYPASS", "DB_PASS", "DBPWD", "GITHUB_PAT", "AZURE_STORAGE_SAS", "PASSPHRASE", "AZURE_STORAGE_CONNECTION_STRING",
-     "PGPASSWORD", "AZURE_STORAGE_KEY", "MY_ACCESSKEY", "GHTOKEN", "DbPassword", "WANDB_API_KEY", "HTTP_AUTH"],
+     "PGPASSWORD", "AZURE_STORAGE_KEY", "MY_ACCESSKEY", "GHTOKEN", "DbPassword", "WANDB_API_KEY", "HTTP_AUTH",
+     "DB_PASSWORDS", "TOKENS", "GH_TOKENS", "MASTERKEY", "API_KEYS", "JWT", "SLACK_WEBHOOK_URL", "WEBHOOK_URI",
+     "ConnectionString", "PASSWORD_FILE_KEY", "CLIENT_SECRETS"],
 )  # fmt: skip
 def test_a_variable_that_holds_a_credential_is_known_by_its_name(name):
     with pytest.raises(UserError, match=rf"env_vars\.{name} looks like a credential, which others") as refused:
@@ -101,7 +103,8 @@ def test_a_variable_that_holds_a_credential_is_known_by_its_name(name):
 @pytest.mark.parametrize(
     "name",
     ["TOKENIZERS_PARALLELISM", "MAX_TOKENS", "NCCL_BYPASS", "COMPASS", "MONKEY", "PATCH", "KEYS", "CONNECTION_TIMEOUT",
-     "DB_PASSWORD_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GIT_AUTHOR", "SASH"],
+     "DB_PASSWORD_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GIT_AUTHOR", "SASH",
+     "GOOGLE_APPLICATION_CREDENTIALS", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "NUM_KEYS", "MAX_NEW_TOKENS"],
 )  # fmt: skip
 def test_names_that_only_resemble_a_credential_are_none(name):
     assert not names_credential(name)

@@ -195,8 +195,10 @@ def test_the_lists_of_jobs_show_no_options_of_a_uri(submitted):
 
 
 def test_variables_and_packages_reach_the_job(submitted):
-    job = submitted(env=["HF_HOME=/shared/hub", "AWS_SHARED_CREDENTIALS_FILE=/etc/aws"], pip=["my-hints==1.0"])
     variables = {"HF_HOME": "/shared/hub", "AWS_SHARED_CREDENTIALS_FILE": "/etc/aws", STOP_WAIT: "131"}
+    variables["GOOGLE_APPLICATION_CREDENTIALS"] = "/shared/key.json"
+    env = [f"{name}={value}" for name, value in variables.items() if name != STOP_WAIT]
+    job = submitted(env=env, pip=["my-hints==1.0"])
     assert job.runtime_env["env_vars"] == variables
     assert job.runtime_env["pip"] == ["my-hints==1.0"]
     assert submitted(env=["PATH=/my/bin:/bin"]).runtime_env["env_vars"]["PATH"] == "/my/bin:/bin"
