@@ -28,6 +28,7 @@ from ray_pipeline.run_copy import refresh
 from ray_pipeline.storage import Folder
 from ray_pipeline.training.board import News, open_board
 from ray_pipeline.training.entry import train_on_worker
+from ray_pipeline.training.nodes import marked
 from ray_pipeline.training.placement import NoRoom, check_resources, placement_in_words, uses_gpu, worker_resources
 from ray_pipeline.training.setup import PhaseJob, job_values
 from ray_pipeline.training.stopping import SIGNAL_NAMES, ControllerReports, signals_into
@@ -68,8 +69,9 @@ def run_phase(config: Config, job: PhaseJob, *, board: ActorHandle | None = None
     phase = config.phases[job.phase]
     board = board or open_board(phase.name)
     follower = Follower(config, phase.name, progress=show)
-    with follower, ending_noted(config, phase.name):  # the follower's last picture shows how it ended
-        fit_to_the_end(config, board, lambda: make_trainer(config, replace(job, stop=board)))
+    # the follower's last picture shows how it ended
+    with follower, ending_noted(config, phase.name), marked(config.output_dir) as mark:
+        fit_to_the_end(config, board, lambda: make_trainer(config, replace(job, stop=board, mark=mark)))
 
 
 def fit_to_the_end(config: Config, board: ActorHandle, make: Callable[[], ray.train.torch.TorchTrainer]) -> None:

@@ -19,7 +19,6 @@ from ray_pipeline.config import Config
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.errors import UserError
 from ray_pipeline.node_probe import TOKEN, SameFiles, SharedFolder, glance, nearest_folder, probe, read_soon
-from ray_pipeline.run_state import CONFIG_FILE
 from ray_pipeline.storage import Folder, shown
 from ray_pipeline.training.placement import alive_nodes, encoder_resources, rooms_by_node, worker_resources
 
@@ -66,15 +65,30 @@ def check_nodes(config: Config, *, trains: bool = True, encodes: bool = True) ->
         raise UserError(f"{next(iter(problems.values()))}{more}")
 
 
-def check_this_node(output_dir: str) -> None:
-    """UserError, in words, where the node of this worker does not find the run: one that joined later was not asked."""
+@contextmanager
+def marked(output_dir: str) -> Iterator[str]:
+    """Within, a file of this name lies there, by which `check_this_node` knows the run's folder."""
+    folder, name = Folder(output_dir), f"{TOKEN}{uuid.uuid4().hex}"
+    folder.write(name, name.encode())
     try:
-        read_soon(Folder(output_dir), CONFIG_FILE)
+        yield name
+    finally:
+        with suppress(UserError):  # of a storage that refuses now
+            folder.remove([name])
+
+
+def check_this_node(output_dir: str, mark: str) -> None:
+    """UserError, in words, where the node of this worker does not find the run: one that joined later was not asked.
+
+    mark: the name that `marked` gave. An older run under the same path may hold every other file of this one.
+    """
+    try:
+        read_soon(Folder(output_dir), mark)
     except FileNotFoundError:
         node = ray.util.get_node_ip_address()
         raise UserError(
-            f"output_dir={shown(output_dir)} on node {node} holds no {CONFIG_FILE}, so it is not this run's folder "
-            f"there; {_SHARE}"
+            f"output_dir={shown(output_dir)} is not this run's folder on node {node}, which does not see what the "
+            f"driver wrote there; {_SHARE}"
         ) from None
 
 

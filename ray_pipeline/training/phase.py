@@ -40,7 +40,7 @@ def train_phase(job: dict) -> None:
     UserError when that happens again.
     """
     job = PhaseJob(**job)
-    check_this_node(job.config["output_dir"])
+    check_this_node(job.config["output_dir"], job.mark)
     first = ray.train.get_context().get_world_rank() == 0
     with StopWatch(job.stop) as watch, working_copy(job.config["output_dir"], empty=not first):
         while (trouble := train_attempt(job, watch)) is not None:

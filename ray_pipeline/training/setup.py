@@ -39,15 +39,16 @@ from ray_pipeline.training.step_clock import StepClock
 @dataclass(frozen=True)
 class PhaseJob:
     """What the driver tells each worker. init: checkpoint folder to begin from, or None. stop: the Board (stopping.py)
-    of the run; None where nobody may ask it to stop. epochs: leave the phase after so many, to be gone on with; None:
-    train it to its end. judged: wait after each epoch until the board says whether to go on. sample_flops: of one
-    trained sample. profile: write a trace of a few steps."""
+    of the run; None where nobody may ask it to stop. mark: by which a worker knows the run's folder (nodes.py). epochs:
+    leave the phase after so many, to be gone on with; None: train it to its end. judged: wait after each epoch until
+    the board says whether to go on. sample_flops: of one trained sample. profile: write a trace of a few steps."""
 
     config: dict
     phase: int
     latents: str
     init: str | None
     stop: Any = None
+    mark: str = ""
     epochs: int | None = None
     judged: bool = False
     sample_flops: float = math.nan

@@ -14,6 +14,7 @@ from ray_pipeline.training.nodes import (
     check_this_node,
     find_problems,
     manifests,
+    marked,
     shown,
     working_nodes,
 )
@@ -32,11 +33,18 @@ def config_of(tiny_data, tmp_path):
 
 
 def test_a_worker_on_a_node_without_the_run_says_so_instead_of_beginning_again(ray_cluster, tmp_path):
-    """As on a node that has joined later, where another folder has the same path."""
-    (tmp_path / "config.yaml").touch()
-    check_this_node(str(tmp_path))
-    with pytest.raises(UserError, match=r"output_dir=/no/where on node \S+ holds no config\.yaml"):
-        check_this_node("/no/where")
+    """As on a node that has joined later: the same path is another folder there, with an equal run of its own."""
+    run, older = tmp_path / "run", tmp_path / "older"
+    for folder in (run, older):
+        folder.mkdir()
+        (folder / "config.yaml").write_text("seed: 1")
+    with marked(str(run)) as mark:
+        check_this_node(str(run), mark)
+        with pytest.raises(
+            UserError, match=rf"output_dir={older} is not this run's folder on node \S+, which does not"
+        ):
+            check_this_node(str(older), mark)
+    assert os.listdir(run) == ["config.yaml"]
 
 
 @pytest.mark.parametrize(
