@@ -51,7 +51,7 @@ def check_cluster(config: Config) -> Iterator[Line]:
     nodes, working = all_nodes(), working_nodes(config)
     encodes = Folder(encode_job(config).store).size("stats.json") < 0
     with asked_places(config, trains=True, encodes=encodes) as places:
-        answers = ask(nodes, places, answer_seconds(config), measure=True)
+        answers = ask(nodes, places, answer_seconds(config, measure=True), measure=True)
         problems = find_problems(places, working, answers)
     problems.pop("nodes", None)  # each has a line of its own
     told = {node: answer for node, answer in answers.items() if isinstance(answer, dict)}

@@ -31,7 +31,8 @@ PACKAGES = ("ray-pipeline", "ray", "torch", "diffusers")
 SEEN_SECONDS = 3.0
 _SAMPLE_BYTES = 2**20
 _LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_GPU_SECONDS = 60
+#: for so long the devices of a node may take to be counted
+GPU_SECONDS = 60.0
 _GPU_MEMORY = """
 import json, torch
 devices = range(torch.cuda.device_count())
@@ -168,7 +169,7 @@ def gpu_memory() -> list[int]:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _GPU_MEMORY], env=environment, capture_output=True, timeout=_GPU_SECONDS, check=True
+            [sys.executable, "-c", _GPU_MEMORY], env=environment, capture_output=True, timeout=GPU_SECONDS, check=True
         )
         return json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError):

@@ -1,14 +1,17 @@
 """What a node tells, with the folder that it sees given to it: the same one as the driver's, another, none."""
 
 import os
+import time
 from dataclasses import asdict
 
 import psutil
 import pytest
 
 from ray_pipeline import node_probe
+from ray_pipeline.config import parse_config
 from ray_pipeline.node_probe import SameFiles, SharedFolder, glance, nearest_folder, probe
 from ray_pipeline.storage import Folder
+from ray_pipeline.training.nodes import answer_seconds
 
 
 def marked(folder) -> SharedFolder:
@@ -68,6 +71,17 @@ def test_a_node_tells_its_memory_and_what_it_runs():
     assert 0 < answer["memory"] <= psutil.virtual_memory().total
     assert set(answer["versions"]) == {"python", "ray-pipeline", "ray", "torch", "diffusers"}
     assert "none" not in answer["versions"].values()
+
+
+@pytest.mark.parametrize("runtime_env", [{}, {"env_vars": {"OMP_NUM_THREADS": "1"}}])
+def test_a_node_whose_gpus_hang_answers_all_the_same_and_in_time(runtime_env, monkeypatch):
+    config = parse_config({"phases": [{"name": "one", "epochs": 1}], "ray": {"runtime_env": runtime_env}})
+    assert answer_seconds(config, measure=True) >= answer_seconds(config) + node_probe.GPU_SECONDS
+    monkeypatch.setattr(node_probe, "GPU_SECONDS", 0.2)
+    monkeypatch.setattr(node_probe, "_GPU_MEMORY", "import time; time.sleep(60)")
+    started = time.monotonic()
+    assert probe("node", [], [], True, True)["gpu_memory"] == []
+    assert time.monotonic() - started < 60
 
 
 def test_any_change_of_a_source_changes_the_hash(tmp_path):

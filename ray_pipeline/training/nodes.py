@@ -18,7 +18,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_pipeline.config import Config
 from ray_pipeline.data.encode_job import encode_job
 from ray_pipeline.errors import UserError
-from ray_pipeline.node_probe import TOKEN, SameFiles, SharedFolder, glance, nearest_folder, probe, read_soon
+from ray_pipeline.node_probe import (
+    GPU_SECONDS,
+    TOKEN,
+    SameFiles,
+    SharedFolder,
+    glance,
+    nearest_folder,
+    probe,
+    read_soon,
+)
 from ray_pipeline.storage import Folder, shown
 from ray_pipeline.training.placement import alive_nodes, encoder_resources, rooms_by_node, worker_resources
 
@@ -92,9 +101,10 @@ def check_this_node(output_dir: str, mark: str) -> None:
         ) from None
 
 
-def answer_seconds(config: Config) -> float:
-    """How long nodes have to answer."""
-    return max(_ANSWER_SECONDS, 60 * config.ray.timeout_minutes) if config.ray.runtime_env else _ANSWER_SECONDS
+def answer_seconds(config: Config, *, measure: bool = False) -> float:
+    """How long nodes have to answer; measure: and to count their GPUs, whose driver may hang."""
+    seconds = max(_ANSWER_SECONDS, 60 * config.ray.timeout_minutes) if config.ray.runtime_env else _ANSWER_SECONDS
+    return seconds + GPU_SECONDS * measure
 
 
 def all_nodes() -> list[Node]:
