@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 _MOST_WORDS = 300
 #: a run that was superseded learns it within so many seconds, and before every file of a checkpoint
 _SECONDS_BETWEEN_CHECKS = 5.0
+#: step records may come many a second, and with 1000 events in its history the state takes 5 ms to write
+_SECONDS_BETWEEN_WRITES = 2.0
 #: after a storage did not answer, it is asked again so much later
 _RETRY_SECONDS = 60.0
 
@@ -58,7 +60,7 @@ class PhaseRecords:
         #: tells the steps up to this one, which a checkpoint is to be made of
         self.before_save: Callable[[], None] = lambda: None
         self.said: set[str] = set()
-        self.checked_at = time.monotonic()
+        self.checked_at, self.written_at, self.behind = time.monotonic(), -math.inf, False
         self._stack = ExitStack()
 
     def __enter__(self) -> PhaseRecords:
@@ -110,9 +112,13 @@ class PhaseRecords:
         self._write()
 
     def note_step(self) -> None:
+        """A step was told; phase_state.json may be some seconds behind, but not behind a checkpoint."""
         for words in self.events.troubles():
             self.fault("monitoring", words)
-        self._write()
+        self._check_attempt()
+        self.behind = True
+        if time.monotonic() - self.written_at > _SECONDS_BETWEEN_WRITES:
+            self._write()
 
     def after_step(self, save: bool) -> None:
         """Take note of what was committed meanwhile; save when it is time, or when asked."""
@@ -202,6 +208,8 @@ class PhaseRecords:
         """Have a checkpoint of this step written; the records reach up to it."""
         with self.run.clock.part("logging"):
             self.before_save()
+            if self.behind:
+                self._write()
         with self.run.clock.part("saving"):
             header = self.header()
             self.commits.save(self._state(kind, header), header.metadata(), epoch)
@@ -296,8 +304,9 @@ class PhaseRecords:
         progress.last = progress.checkpoints[-1] if states else None
         progress.best = best_of(states)
 
-    def _write(self) -> None:
-        progress, run = self.progress, self.run
+    def _check_attempt(self) -> None:
+        """Superseded where another one has begun; asked now and then."""
+        run = self.run
         if run.checkpoints.attempt is not None and time.monotonic() - self.checked_at > _SECONDS_BETWEEN_CHECKS:
             self.checked_at = time.monotonic()
             try:
@@ -306,11 +315,16 @@ class PhaseRecords:
                 self.checked_at += _RETRY_SECONDS
                 self.said.add(message := f"the storage of checkpoints does not answer: {error}")
                 self.events.emit(FaultEvent(run.phase.name, run.state.step, "save", message))
+
+    def _write(self) -> None:
+        self._check_attempt()
+        self.written_at, self.behind = time.monotonic(), False
+        progress, run = self.progress, self.run
         progress.step, progress.position = run.state.step, run.state.step * run.plan.global_batch
         progress.epoch = self.epoch() if run.state.step else 0
         try:
             self.state.save(self.state_file)
-        except OSError as error:  # the checkpoints are the truth; it is written again at the next step
+        except OSError as error:  # the checkpoints are the truth; it is written again soon
             message = f"{self.state_file} cannot be written: {error}"
             if message not in self.said:
                 self.said.add(message)

@@ -1,6 +1,7 @@
 """What a record says of the steps since the one before it."""
 
 import math
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -144,6 +145,29 @@ def test_a_commit_that_a_kill_came_too_soon_after_is_told_once_by_the_next_attem
         assert [entry.message for entry in history if entry.event == "checkpoint"] == ["prior_epoch_001.ckpt (best)"]
 
 
+def test_the_state_is_written_every_few_seconds_and_with_every_checkpoint_and_not_with_every_record(run):
+    def step_in_file():
+        return phase_state.load(records.state_file).phase("prior").step
+
+    with PhaseRecords(run) as records:
+        written, began = set(), time.monotonic()
+        for step in range(10, 90, 10):
+            go_on(run, records, step)
+            written.add(records.state_file.stat().st_mtime_ns)
+        assert len(written) <= 2 + (time.monotonic() - began) / 2
+        time.sleep(2.1)
+        go_on(run, records, 90)
+        assert step_in_file() == 90
+        for told in (True, False):  # when the checkpoint is asked for
+            run.state.step += 1
+            interval = Interval(run, records)
+            interval.add(result_of(run.state.step))
+            if told:
+                interval.report()
+            records.save("safety")
+            assert step_in_file() == run.state.step
+
+
 def committed_steps(run):
     """Of the checkpoints that the records tell of."""
     return [record["step"] for record in read_events(run.config.output_dir, "prior", "checkpoint")]
@@ -171,6 +195,8 @@ def test_a_commit_that_was_passed_over_is_not_told_before_it_is_made_again(run):
 
 def test_an_attempt_that_ended_without_a_word_is_a_fault_of_the_run_and_one_that_was_stopped_is_none(run):
     with suppress(KeyboardInterrupt), PhaseRecords(run) as records:
+        go_on(run, records, 10)
+        time.sleep(2.1)
         go_on(run, records, 20)
         raise KeyboardInterrupt  # the kill
     run.state.step = 13
