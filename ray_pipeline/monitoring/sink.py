@@ -19,6 +19,7 @@ from ray_pipeline.monitoring.events import Event, SampleEvent, from_record
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.run_copy import location_of
 from ray_pipeline.storage import Folder
+from ray_pipeline.sweep_records import FOLDER
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ class SinkContext:
 
     @property
     def run_name(self) -> str:
-        """Last part of the run's location."""
-        return Folder(location_of(self.run_dir)).name
+        """Last part of the run's location; of a sweep's trial, which is called as those of other sweeps are, behind
+        that of its run: first/trial_000."""
+        folder = Folder(location_of(self.run_dir))
+        return f"{folder.parent.parent.name}/{folder.name}" if folder.parent.name == FOLDER else folder.name
 
     def recorded(self) -> Iterator[Event]:
         """Events with numbers that earlier attempts recorded and that still hold, and all of their faults."""

@@ -32,7 +32,9 @@ from ray_pipeline.monitoring.events import (
     from_record,
 )
 from ray_pipeline.monitoring.metrics_file import read_events
+from ray_pipeline.monitoring.sink import SinkContext
 from ray_pipeline.sections import MonitoringConfig
+from ray_pipeline.sweep_records import sweep_folder
 
 PHASE = "phase1_unconditional"
 PLUGIN = """
@@ -145,6 +147,11 @@ def told(run_dir):
 def assert_equal(shown, expected):
     assert shown.keys() == expected.keys()
     assert np.allclose(list(shown.values()), [expected[key] for key in shown], rtol=1e-6, equal_nan=True)
+
+
+def test_a_trial_is_named_behind_its_run_so_that_those_of_two_sweeps_differ(tmp_path):
+    named = [SinkContext(folder, PHASE).run_name for folder in (tmp_path, sweep_folder(tmp_path) / "trial_000")]
+    assert named == [tmp_path.name, f"{tmp_path.name}/trial_000"]
 
 
 def test_tensorboards_own_reader_gets_what_the_records_hold(tmp_path):
