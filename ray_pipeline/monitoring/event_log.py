@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,13 +67,13 @@ class EventLog:
         told, self._troubles = self._troubles, []
         return told
 
-    def close(self) -> None:
-        """Wait a while for the sinks, and close them; a second call does nothing."""
+    def close(self, at_most: float = math.inf) -> None:
+        """Wait a while for the sinks, no longer than `at_most` seconds, and close them; a second call does nothing."""
         ended = time.monotonic()
         for channel in self._channels:
             channel.end()
         for channel in self._channels:
-            channel.join(ended)
+            channel.join(ended, at_most)
         if self._file is not None:
             try:
                 self._file.close()
@@ -120,13 +121,14 @@ class _Channel:
         except Full:
             self._give_up(f"it is {_BEHIND} events behind at the end of the phase")
 
-    def join(self, ended: float) -> None:
-        """Wait for what is left, as long as the sink may need since the phase ended."""
-        self._thread.join(max(0.0, ended + self._close_seconds - time.monotonic()))
+    def join(self, ended: float, at_most: float) -> None:
+        """Wait for what is left, as long as the sink may need since the phase ended, or `at_most` seconds."""
+        seconds = min(self._close_seconds, at_most)
+        self._thread.join(max(0.0, ended + seconds - time.monotonic()))
         if self._thread.is_alive() and not self._given_up:
             left = max(0, self._waiting.qsize() - 1)  # without the end
             words = f"{left} event(s) were left" if left else "it was not done"
-            self._give_up(f"{words} {self._close_seconds:g} s after the phase ended")
+            self._give_up(f"{words} {seconds:g} s after the phase ended")
 
     def _run(self) -> None:
         with self._failure_gives_up(), closing(self._make()) as sink, self._failure_gives_up():

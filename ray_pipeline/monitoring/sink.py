@@ -3,7 +3,8 @@
 A sink is made by a function of a SinkContext and has two methods, emit(event) and close(). It lives in a thread of its
 own on rank 0, from where nothing that it does or fails to do reaches the training. One that raises is closed and gets
 no more events; PictureLost costs it that event alone. The end of a phase waits 30 s for what it has left to do, or as
-long as its attribute close_seconds says.
+long as its attribute close_seconds says; a stop, and a phase that goes back to a checkpoint, a quarter of
+ray.stop_timeout_seconds at most.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def train_attempt(job: PhaseJob, watch: StopWatch) -> Trouble | None:
         if run.end_step == run.total_steps:
             finish_phase(run, records)
         elif records:
-            records.stop(f"epoch {run.job.epochs} ends it for now")
+            records.stop(f"epoch {run.job.epochs} ends it for now", asked=False)
     return None
 
 

@@ -35,6 +35,8 @@ _MOST_WORDS = 300
 _SECONDS_BETWEEN_CHECKS = 5.0
 #: step records may come many a second, and with 1000 events in its history the state takes 5 ms to write
 _SECONDS_BETWEEN_WRITES = 2.0
+#: of ray.stop_timeout_seconds, the share that sinks may take when somebody waits for the phase to stop or to go back
+_SINKS_SHARE = 0.25
 #: after a storage did not answer, it is asked again so much later
 _RETRY_SECONDS = 60.0
 
@@ -61,11 +63,12 @@ class PhaseRecords:
         self.before_save: Callable[[], None] = lambda: None
         self.said: set[str] = set()
         self.checked_at, self.written_at, self.behind = time.monotonic(), -math.inf, False
+        self.awaited = False  # somebody waits for its end
         self._stack = ExitStack()
 
     def __enter__(self) -> PhaseRecords:
         run, progress = self.run, self.progress
-        self._stack.callback(self.events.close)
+        self._stack.callback(self._close_events)
         self._stack.enter_context(self.commits)
         before = {} if run.newest is None else run.newest.state
         progress.baseline_val_loss = before.get("baseline_val_loss")
@@ -143,6 +146,7 @@ class PhaseRecords:
         known |= set(range(trouble.first, trouble.last + 1))
         self.commits.wait(PATIENCE_SECONDS)
         attempt.update(skipped=tuple(sorted(known)), valid_until=trouble.first - 1)
+        self.awaited = True
         self.progress.status = "starting"  # anew, from the checkpoint before them
         self.fault(
             "rollback",
@@ -151,8 +155,9 @@ class PhaseRecords:
             f"{trouble.report} lists their samples",
         )
 
-    def stop(self, reason: str) -> None:
-        """Commit this step and leave the phase for later."""
+    def stop(self, reason: str, *, asked: bool = True) -> None:
+        """Commit this step and leave the phase for later. asked: by somebody who waits for it."""
+        self.awaited = asked
         self.commits.secure(lambda: self.save("stop"), math.inf)
         message = f"stopped after step {self.run.state.step} of {self.run.total_steps} ({reason})"
         self.events.emit(PhaseEvent(self.run.phase.name, "stopped", self.run.state.step, message))
@@ -230,6 +235,10 @@ class PhaseRecords:
         self.progress.status = "finished"
         self.state.record("finished", f"{run.phase.name}: {message}")
         self._write()
+
+    def _close_events(self) -> None:
+        patience = _SINKS_SHARE * self.run.config.ray.stop_timeout_seconds
+        self.events.close(at_most=patience if self.awaited else math.inf)
 
     def _emit_validation(self, validation: Validation, average: str) -> None:
         run = self.run

@@ -21,7 +21,7 @@ from ray_pipeline.data.tile_table import TileRow, write_tile_table
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.metrics_file import read_events
 from ray_pipeline.retention import obsolete_names
-from ray_pipeline.training.nonfinite import SkippedSteps
+from ray_pipeline.training.nonfinite import SkippedSteps, Trouble
 from ray_pipeline.training.phase import finish_step
 from ray_pipeline.training.pictures import draw_samples
 from ray_pipeline.training.profiling import profiled
@@ -267,6 +267,46 @@ def test_a_stop_commits_the_step_it_is_at_and_no_step_twice(run):
     state = phase_state.load(Path(run.config.output_dir, "phase_state.json"))
     assert state.phase("prior").status == "stopped"
     assert "stopped after step 3 of 16 (SIGTERM)" in state.history[-1].message
+
+
+HANGING = """
+import time
+
+class Hanging:
+    def __init__(self, context):
+        pass
+    def emit(self, event):
+        time.sleep(3600)
+    def close(self):
+        pass
+"""
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["a stop", "going back"])
+def test_who_waits_for_a_stop_does_not_wait_long_for_a_sink_that_hangs(run, tmp_path, monkeypatch, asked):
+    """Which may take 30 s at a phase's own end."""
+    info = tmp_path / "site" / "hanging-1.0.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "site" / "hanging_sink.py").write_text(HANGING)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hanging\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[ray_pipeline.sinks]\nhanging = hanging_sink:Hanging\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    settings = run.config.monitoring.model_copy(update={"sinks": ("hanging",)})
+    timeout = run.config.ray.model_copy(update={"stop_timeout_seconds": 8.0})
+    run.config = run.config.model_copy(update={"monitoring": settings, "ray": timeout})
+    with PhaseRecords(run) as records:
+        run.state.step = 3
+        if asked:
+            records.stop("SIGTERM")
+        else:
+            (skipped := SkippedSteps(run)).add(StepResult(math.inf, math.nan, skipped=True))
+            records.skip(skipped, Trouble(3, 3, False, "report.json"))
+        began = time.monotonic()
+    assert 1 < time.monotonic() - began < 8
+    state = phase_state.load(records.state_file)
+    assert state.phase("prior").status == ("stopped" if asked else "starting")
+    assert "monitoring by hanging is switched off" in state.history[-1].message
+    assert "2 s after the phase ended" in state.history[-1].message
 
 
 def test_a_superseded_worker_writes_neither_checkpoint_nor_state(run):
