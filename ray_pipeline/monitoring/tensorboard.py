@@ -14,6 +14,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,12 @@ class TensorBoard:
         self._run_dir = context.run_dir
         folder = context.run_dir / "logs" / "tensorboard" / context.phase
         folder.mkdir(parents=True, exist_ok=True)
-        resume_step, known, faults = context.resume_step, set(), Counter()
+        resume_step, told = context.resume_step, _Told()
         # TensorBoard reads the files of a folder in the order of their names, so the name begins with time.
         earlier = sorted(folder.glob("events.out.tfevents.*"))
-        for path in earlier:
-            if resume_step is not None:
-                # The newest in any case: a superseded writer that still lives keeps the old file.
-                _cut(path, resume_step, self._event, always=path == earlier[-1])
-            for _, event in _records(path, self._event):
-                known |= {(value.tag, event.step) for value in event.summary.value if value.HasField("simple_value")}
-                faults[event.step] += any(value.tag == _FAULTS for value in event.summary.value)
+        for path in earlier if resume_step is not None else ():
+            # The newest in any case: a superseded writer that still lives keeps the old file.
+            _cut(path, resume_step, self._event, told, always=path == earlier[-1])
         name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
         self._file = FileIO(folder / name, "x")
         self._write(file_version="brain.Event:2")
@@ -69,10 +66,10 @@ class TensorBoard:
             # (purge_step). Its data server does not know the mark, and shows a cut point until a new one comes.
             self._write(step=resume_step + 1, session_log={"status": event_pb2.SessionLog.START})
             for event in context.recorded():
-                self._write_curves(event, [tag for tag in curves(event) if (tag, event.step) not in known])
+                self._write_curves(event, [tag for tag in curves(event) if event.step > told.last.get(tag, -1)])
                 if isinstance(event, FaultEvent):  # the data server shows it until one of an earlier step comes
-                    faults[event.step] -= 1
-                    if faults[event.step] < 0:
+                    told.faults[event.step] -= 1
+                    if told.faults[event.step] < 0:
                         self._write_note(event)
         if not earlier and context.config:
             values = hyperparameters(context.config, context.phase)
@@ -150,10 +147,37 @@ def _is_cut(event: Any, resume_step: int) -> bool:
     return told and event.step > resume_step
 
 
-def _cut(path: Path, resume_step: int, kind: type, always: bool) -> None:
-    """Replace an event file by one without the events after `resume_step`; without `always` only if it has any."""
-    if always or any(_is_cut(event, resume_step) for _, event in _records(path, kind)):
-        # a hidden name without "tfevents", which TensorBoard does not read and a run's copy does not store
-        new = path.with_name(".cut")
-        replace_file(new, (record for record, event in _records(path, kind) if not _is_cut(event, resume_step)))
-        os.replace(new, path)
+@dataclass
+class _Told:
+    """What event files hold: of each curve the last step, since a kill keeps the newest points alone from the disk, and
+    the number of faults by step."""
+
+    last: dict[str, int] = field(default_factory=dict)
+    faults: Counter[int] = field(default_factory=Counter)
+
+    def add(self, event: Any) -> None:
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                self.last[value.tag] = max(event.step, self.last.get(value.tag, -1))
+            if value.tag == _FAULTS:
+                self.faults[event.step] += 1
+
+
+def _cut(path: Path, resume_step: int, kind: type, told: _Told, always: bool) -> None:
+    """Replace an event file by one without the events after `resume_step`; without `always` only if it has any.
+
+    told: gets those that stay.
+    """
+
+    def kept(told: _Told) -> Iterator[bytes]:
+        for record, event in _records(path, kind):
+            if not _is_cut(event, resume_step):
+                told.add(event)
+                yield record
+
+    if not always and sum(map(len, kept(told))) == path.stat().st_size:
+        return
+    # a hidden name without "tfevents", which TensorBoard does not read and a run's copy does not store
+    new = path.with_name(".cut")
+    replace_file(new, kept(told if always else _Told()))
+    os.replace(new, path)
