@@ -19,7 +19,7 @@ from ray_pipeline.config import Config
 from ray_pipeline.json_lines import parse_line
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import EVENT_NAMES, restore_floats
-from ray_pipeline.monitoring.metrics_file import metrics_files, read_events
+from ray_pipeline.monitoring.metrics_file import MetricsReader, metrics_files
 from ray_pipeline.monitoring.phase_state import DamagedState, PhaseState
 from ray_pipeline.monitoring.progress import Progress
 from ray_pipeline.run_copy import run_path
@@ -39,6 +39,7 @@ class Follower:
         self.config, self.phase, self.show = config, phase, progress
         self.run_dir = run_path(config.output_dir)
         self.progress: Progress | None = None
+        self._reader = MetricsReader(self.run_dir)  # of the charts
         self.read: dict[Path, tuple[int, int]] = {}  # of each file its inode, and how many bytes
         self._begin: bytes | None = None  # the newest line that an attempt has begun with
         self._began: dict | None = None  # and its record, once it was taken
@@ -147,7 +148,7 @@ class Follower:
         monitoring = self.config.monitoring
         if not (monitoring.plot_loss or monitoring.plot_lr):
             return
-        records = read_events(self.run_dir, phase=self.phase)
+        records = [record for record in self._reader.events() if record.get("phase") == self.phase]
         name = "latest_progress.png"
         if until is not None:
             records = [record for record in records if record.get("step", 0) <= until]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ray_pipeline.config import Config
 from ray_pipeline.monitoring import phase_state
-from ray_pipeline.monitoring.metrics_file import metrics_files
+from ray_pipeline.monitoring.metrics_file import MetricsReader, metrics_files
 from ray_pipeline.run_copy import run_path
 from ray_pipeline.sweep_records import sweep_folder
 
@@ -31,7 +31,7 @@ class LiveReport:
 
     def __init__(self, config: Config):
         self.wanted, self.run_dir = config.monitoring.report, run_path(config.output_dir)
-        self._sweep = sweep_folder(config.output_dir)
+        self._sweep, self._reader = sweep_folder(config.output_dir), MetricsReader(self.run_dir)
         self._ended = threading.Event()
         self._told = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="live-report")
@@ -56,7 +56,7 @@ class LiveReport:
             ended = self._ended.wait(_POLL_SECONDS)
             began, found = time.monotonic(), self._found()
             if found != drawn and (ended or began >= due_at):
-                if self._tried(lambda: write_report(self.run_dir, alive=True)):
+                if self._tried(lambda: write_report(self.run_dir, alive=True, reader=self._reader)):
                     drawn = found
                 marked_at = time.monotonic()
                 due_at = marked_at + max(_PAUSE_SECONDS, _PAUSE_FACTOR * (marked_at - began))

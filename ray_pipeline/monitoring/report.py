@@ -15,7 +15,7 @@ from ray_pipeline.config import load_config
 from ray_pipeline.errors import UserError
 from ray_pipeline.monitoring import phase_state
 from ray_pipeline.monitoring.events import STEP_PARTS
-from ray_pipeline.monitoring.metrics_file import read_events
+from ray_pipeline.monitoring.metrics_file import MetricsReader
 from ray_pipeline.monitoring.pace import time_left
 from ray_pipeline.monitoring.phase_state import PhaseProgress, PhaseState
 from ray_pipeline.monitoring.progress import format_bytes, format_seconds, format_share
@@ -67,17 +67,19 @@ class _Run:
         return [record for record in self._by_event.get(event, []) if phase in (None, record["phase"])]
 
 
-def write_report(run_dir: str | Path, out: Path | None = None, *, alive: bool = False) -> Path:
+def write_report(
+    run_dir: str | Path, out: Path | None = None, *, alive: bool = False, reader: MetricsReader | None = None
+) -> Path:
     """Write <run_dir>/report.html, or `out`, anew from what the run has written so far, and return its path.
 
     The page loads nothing: style, script and pictures are in it. A file of the run that is missing or damaged is named
     there. alive: by a command that works on the run, which `mark_alive` tells again: the page warns of a run that may
-    have ended by when it did so last, else by the run's newest record.
+    have ended by when it did so last, else by the run's newest record. reader: of who draws the page again and again.
     Raises UserError when there is no run in run_dir, OSError when the page cannot be written.
     """
     import jinja2
 
-    run = _read(Path(run_dir))
+    run = _read(Path(run_dir), reader or MetricsReader(run_dir))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -96,7 +98,7 @@ def mark_alive(run_dir: str | Path) -> None:
     replace_file(path, _ALIVE.sub(rb"\g<1>" + phase_state.utc_now().encode(), path.read_bytes(), count=1))
 
 
-def _read(folder: Path) -> _Run:
+def _read(folder: Path, reader: MetricsReader) -> _Run:
     config = folder / "config.yaml"
     if not config.is_file():
         what = "no run (no config.yaml)" if folder.is_dir() else "no run: there is no such folder"
@@ -117,7 +119,7 @@ def _read(folder: Path) -> _Run:
         config=config.read_text(encoding="utf-8", errors="replace"),
         order=list(dict.fromkeys([*names, *state.phases])),
         state=state,
-        records=[record for record in tried(lambda: read_events(folder), []) if record.keys() >= _WHOLE],
+        records=[record for record in tried(reader.events, []) if record.keys() >= _WHOLE],
         sweep=tried(lambda: read_sweep(folder), None),
         winner=tried(lambda: read_winner(folder), None),
         troubles=troubles,

@@ -63,6 +63,21 @@ def test_a_page_that_could_not_be_written_for_a_while_is_drawn_though_nothing_is
     assert "step 12 of 12" in (run.folder / "report.html").read_text()
 
 
+def test_each_line_of_the_records_is_parsed_for_one_page_alone(make_run, monkeypatch, caplog):
+    monkeypatch.setattr(live_report, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(live_report, "_PAUSE_FACTOR", 0)
+    run = make_run()
+    run.train("one", 4)
+    page, lines = run.folder / "report.html", run.folder / "logs" / "metrics.jsonl"
+    with lines.open("ab") as file:
+        file.write(b"no JSON\n")
+    with LiveReport(run.config):
+        wait_for(page.exists)
+        run.train("two", 1)
+        wait_for(lambda: "two, step 3 of 6" in page.read_text())
+    assert caplog.text.count("is damaged and was left out") == 1
+
+
 def test_a_page_that_is_not_due_again_says_that_its_command_lives(make_run, monkeypatch):
     monkeypatch.setattr(live_report, "_ALIVE_SECONDS", 0.0)
     monkeypatch.setattr(live_report, "_PAUSE_FACTOR", 10**6)
