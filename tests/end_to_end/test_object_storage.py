@@ -1,5 +1,6 @@
 """A run whose output lies in object storage alone, on workers that are killed, equals one on a local disk."""
 
+import json
 import sys
 import threading
 import time
@@ -7,13 +8,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ray_pipeline import pipeline
 from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import load_config
 from ray_pipeline.inference.prior import load_network
-from ray_pipeline.monitoring.metrics_file import read_events
+from ray_pipeline.monitoring.metrics_file import metrics_files, read_events
+from ray_pipeline.monitoring.plots import panels
 from ray_pipeline.run_copy import reading_copy
 from ray_pipeline.status import describe_run
 from ray_pipeline.storage import Folder
@@ -66,6 +69,20 @@ def test_its_records_are_one_curve_without_a_gap_or_a_repetition(runs):
             (record["step"], record["loss"]) for record in steps
         ]
     assert len(Folder(runs[1]).child("logs", "metrics").names()) == 2
+
+
+def test_its_charts_are_one_curve_with_a_mark_where_it_was_resumed(runs):
+    with reading_copy(runs[1]) as folder:
+        records = read_events(folder, PHASE)
+        segment, *_ = metrics_files(folder)[1].read_text().splitlines()  # which says what it cuts away
+    resumed = json.loads(segment)["resume_step"]
+    drawings = panels(records)
+    for name in ("training loss", "learning rate", "gradient norm", "throughput and wait for data"):
+        axis = Figure().subplots()
+        drawings[name](axis, epochs=False)
+        curve, *others = (list(line.get_xdata()) for line in axis.get_lines())
+        assert curve == list(range(1, STEPS + 1)), name
+        assert [resumed, resumed] in others, name
 
 
 def test_everything_else_of_a_run_is_there_and_can_be_used(runs):
