@@ -5,6 +5,7 @@ Drawing takes seconds and the interpreter's lock, so it is done here, in the pro
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -131,7 +132,8 @@ class Follower:
         if self.progress is None:
             return
         if record["event"] == "step":
-            self.progress.update(record["step"], at=told, epoch=record["epoch"], loss=record["loss"])
+            computed = not math.isnan(record["samples_per_second"])
+            self.progress.update(record["step"], at=told, counted=computed, epoch=record["epoch"], loss=record["loss"])
         elif record["event"] == "validation":
             self.progress.update(record["step"], at=told, val=record["loss"])
 

@@ -119,11 +119,14 @@ class Progress:
         self.printed_at = -math.inf
         self.closed = False
 
-    def update(self, n: int, *, at: float | None = None, **values: Any) -> None:
+    def update(self, n: int, *, at: float | None = None, counted: bool = True, **values: Any) -> None:
         """`n` units are done in all, and were at the time `at`, which is now where nothing else is said; `values`
-        (loss=0.842, epoch="3/10") stay on the line until replaced."""
+        (loss=0.842, epoch="3/10") stay on the line until replaced. Not `counted`: they took no work, and the rate is
+        taken anew from here."""
         now = self.clock()
         self.done = n
+        if not counted:
+            self.points.clear()
         self.values.update(values)
         self._remember(now if at is None else at)
         if now - self.printed_at >= self.min_seconds:

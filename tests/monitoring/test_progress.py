@@ -51,6 +51,19 @@ def test_rate_is_that_of_the_last_minute():
     assert progress.rate(clock.now) == pytest.approx(10.0, rel=0.02)
 
 
+def test_steps_that_took_no_work_do_not_count_for_the_rate():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(1000, "train", stream=stream, clock=clock)
+    clock.now += 10.0
+    progress.update(10)
+    clock.now += 0.01
+    progress.update(110, counted=False)
+    assert progress.line(clock.now) == "train  step 110/1000  11%  left ?"
+    clock.now += 5.0
+    progress.update(115)
+    assert progress.line(clock.now) == "train  step 115/1000  11%  1.00 steps/s  left 14m45s"
+
+
 def test_records_that_arrive_together_have_the_rate_of_their_own_times():
     clock, stream = Clock(), io.StringIO()
     progress = Progress(100, "train", stream=stream, clock=clock, began=clock.now - 20.0)
