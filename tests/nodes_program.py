@@ -1,13 +1,13 @@
-"""Three Ray nodes on this machine, and what is asked of them; in a process of its own, beside the session's Ray.
+"""Three Ray nodes on this machine, what is asked of them and trained on them; in a process beside the session's Ray.
 
     python nodes_program.py FOLDER
 
 FOLDER/shared is the working directory of this process, of the head (no CPU) and of one node, FOLDER/elsewhere that of
 the other: a path below /proc/self/cwd is another folder there, as one on a local disk would be. FOLDER/commands.json:
 {"bare": words of the command `check` while there is only the head, "well": those of one with all nodes, "wrong": of
-another}. Prints as JSON {name: [exit status, what was
-printed]}, "check_nodes": what it says to the config of `well`, and to the same with the output_dir of `wrong`, and
-"silent": what is told of nodes when one hangs.
+another, "train": of the command `train`}. Prints as JSON {name: [exit status, what was printed]}, "check_nodes": what
+it says to the config of `well`, and to the same with the output_dir of `wrong`, and "silent": what is told of nodes
+when one hangs.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ def add_node(nodes: Cluster, place: Path, cpus: int) -> None:
                 raise
 
 
-def run(words: list[str], address: str) -> tuple[int, str]:
+def run(*words: str) -> tuple[int, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = main([*words, "--address", address])
+        code = main(list(words))
     return code, printed.getvalue()
 
 
@@ -79,11 +79,13 @@ if __name__ == "__main__":
     nodes = Cluster()
     try:
         add_node(nodes, folder / "shared", 0)
-        answers = {"bare": run(commands.pop("bare"), nodes.address)}
+        answers = {"bare": run(*commands.pop("bare"), "--address", nodes.address)}
         add_node(nodes, folder / "shared", 2)
         add_node(nodes, folder / "elsewhere", 3)
         os.chdir(folder / "shared")
-        answers |= {name: run(words, nodes.address) for name, words in commands.items()}
+        train = commands.pop("train")
+        answers |= {name: run(*words, "--address", nodes.address) for name, words in commands.items()}
+        answers["train"] = run(*train, f"--set=ray.address={nodes.address}")
         config = config_of(commands["well"], nodes.address)
         local = config.model_copy(update={"output_dir": config_of(commands["wrong"], nodes.address).output_dir})
         with ray_session(config.ray):

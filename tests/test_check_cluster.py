@@ -1,4 +1,5 @@
-"""`check` on a cluster: the plan against what three nodes have; folders that are not the same one on every node."""
+"""`check` on a cluster: the plan against what three nodes have; folders that are not the same one on every node; and
+`train` there."""
 
 import json
 import re
@@ -12,13 +13,26 @@ import torch
 
 import ray_pipeline
 from ray_pipeline.check_cluster import memory_line, memory_split
+from ray_pipeline.checkpoints import CheckpointStore
 from ray_pipeline.config import parse_config
+from ray_pipeline.data.plan import SamplePlan
 from ray_pipeline.estimate import worker_memory
 from ray_pipeline.training.build import make_network, make_state
 from ray_pipeline.training.nodes import Node
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from run_proof import unplanned_samples, world_sizes
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = Path(__file__).with_name("nodes_program.py")
+#: of a training with a worker on each of two nodes, as neither has room for both; batches span epochs, cut unevenly
+TRAINED = [
+    "ray.num_workers=2", "ray.placement_strategy=STRICT_SPREAD", "ray.cpus_per_worker=2", "ray.max_failures=0",
+    "vae.actors=2", "train.global_batch=5", "train.batch_size=2", "train.threads=1", "model.hidden_size=64",
+    "model.depth=2", "model.num_heads=2", "model.patch_size=2", "sweep.enabled=false", "monitoring.val_tiles=4",
+    "monitoring.plot_samples=false", "monitoring.tensorboard=false", "monitoring.log_samples=true",
+    "phases=[{name: phase1, epochs: 2}]",
+]  # fmt: skip
 #: below it, another folder on one of the nodes
 LOCAL = "/proc/self/cwd"
 
@@ -55,6 +69,8 @@ def answers(folder, s3_server) -> dict:
         name: ["check", "--config", f"{ROOT}/configs/demo.yaml", *(f"--set={word}" for word in [*small, *changes])]
         for name, changes in settings.items()
     }
+    words = [*small, *there, *TRAINED, f"output_dir={folder}/shared/trained", f"data.latents={folder}/shared/latents"]
+    commands["train"] = ["train", "--config", f"{ROOT}/configs/demo.yaml", *(f"--set={word}" for word in words)]
     (folder / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
@@ -128,6 +144,15 @@ def test_before_training_a_local_folder_is_refused_in_one_sentence(answers):
 
 def test_a_node_that_does_not_answer_is_named(answers):
     assert re.match(r"node \S+ \(.*?\) did not answer within 3 s;", answers["silent"])
+
+
+def test_workers_on_two_nodes_train_on_what_was_planned(answers, folder):
+    code, text = answers["train"]
+    assert code == 0, text
+    run, plan = folder / "shared" / "trained", SamplePlan(24, global_batch=5, seed=0, phase="phase1")
+    assert world_sizes(run, "phase1") == [2]
+    assert unplanned_samples(run, "phase1", plan, total_steps=10) == []
+    assert CheckpointStore(run / "checkpoints").names("phase1")[-1] == "phase1_epoch_002.ckpt"
 
 
 def test_nothing_is_left_behind(answers, folder):
