@@ -33,10 +33,13 @@ class Commits:
         self.run, self._fault, self._tell = run, fault, committed
         self.saver = Saver()
         found = run.checkpoints.listing(run.phase.name)
+        states = {checkpoint.name: checkpoint.state for checkpoint in found.checkpoints}
+        # those of steps to come were passed over as damaged: the steps are made again, and so are they
+        passed_over = tuple(name for name, state in states.items() if state["step"] > run.state.step)
         #: of checkpoints that are committed, or are being saved, by name
-        self.states: dict[str, Mapping] = {checkpoint.name: checkpoint.state for checkpoint in found.checkpoints}
+        self.states: dict[str, Mapping] = {name: states[name] for name in states if name not in passed_over}
         self._pending: dict[str, float] = {}  # seconds that training stood still for it
-        self._strays = found.strays
+        self._strays = (*found.strays, *passed_over)
         self._words = ""
         self._plan_next()
 
@@ -68,7 +71,7 @@ class Commits:
         run, started = self.run, time.perf_counter()
         name = checkpoint_name(run.phase.name, run.state.step, epoch)
         self.states[name], self._pending[name] = state, 0.0
-        # what a kill left of a checkpoint goes, unless a whole one of that name has taken its place
+        # what a kill or damage left of a checkpoint goes, unless a whole one of that name has taken its place
         strays = tuple(stray for stray in self._strays if stray not in self.states)
         obsolete = obsolete_names(run.phase, self.states, name) + strays
         replaceable = state["kind"] in ("safety", "stop")  # nothing makes an epoch's again

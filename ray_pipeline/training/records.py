@@ -296,7 +296,7 @@ class PhaseRecords:
         self.state.record("checkpoint", f"{name} ({state['kind']})")
 
     def _tell_untold_commits(self) -> None:
-        """Those that a kill came too soon after; how long they took is not known. Later ones were passed over."""
+        """Those that a kill came too soon after; how long they took is not known."""
         try:
             records = read_events(run_path(self.run.config.output_dir), self.run.phase.name, "checkpoint")
         except OSError as error:
@@ -304,7 +304,7 @@ class PhaseRecords:
             return
         told = {(record["name"], record["step"]) for record in records}
         for name, state in self.commits.committed().items():
-            if state["step"] <= self.run.state.step and (name, state["step"]) not in told:
+            if (name, state["step"]) not in told:
                 self._tell_commit(name, state, math.nan, math.nan)
 
     def _note_checkpoints(self) -> None:

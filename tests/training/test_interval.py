@@ -193,6 +193,30 @@ def test_a_commit_that_was_passed_over_is_not_told_before_it_is_made_again(run):
     assert committed_steps(run) == [4 * kept, 4 * passed_over]
 
 
+def test_a_damaged_checkpoint_that_was_passed_over_neither_drives_out_the_best_nor_stands_for_its_step(run):
+    def save(records, step, val_loss, epoch=None):
+        run.state.step, records.progress.metrics["val_loss"] = step, val_loss
+        records.save("safety" if epoch is None else "epoch", epoch=epoch)
+        assert records.commits.saver.drain(60)
+        records.after_step(save=False)
+
+    kept, damaged = run.phase.save_epochs[:2]
+    assert damaged > kept + 2
+    with PhaseRecords(run) as records:
+        save(records, 4 * kept, 0.9, kept)
+        save(records, 4 * damaged, 0.25, damaged)
+    file = Path(run.checkpoints.path(f"prior_epoch_{damaged:03d}.ckpt"), "model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    run.state.step = run.checkpoints.latest("prior").state["step"]
+    with PhaseRecords(run) as records:
+        save(records, 4 * (kept + 1), 0.5, kept + 1)
+        save(records, 4 * (kept + 1) + 2, None)
+        assert f"prior_epoch_{kept + 1:03d}.ckpt" in records.commits.committed()
+        run.state.step = 4 * damaged
+        records.stop("SIGTERM")
+    assert run.checkpoints.latest("prior").state["step"] == 4 * damaged
+
+
 def test_an_attempt_that_ended_without_a_word_is_a_fault_of_the_run_and_one_that_was_stopped_is_none(run):
     with suppress(KeyboardInterrupt), PhaseRecords(run) as records:
         go_on(run, records, 10)
