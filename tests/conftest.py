@@ -59,10 +59,12 @@ def aws_environment() -> Iterator[None]:
 
 @dataclass
 class S3Server:
-    """A server of the S3 protocol on the loopback interface. requests: (method, path, range) of each in turn."""
+    """A server of the S3 protocol on the loopback interface. requests: (method, path, range) of each in turn.
+    meanwhile: by path, what happens just before its bytes are sent next."""
 
     endpoint: str
     requests: list[tuple[str, str, str]]
+    meanwhile: dict[str, Callable[[], None]]
 
     def make_bucket(self, name: str, policy: dict | None = None) -> str:
         """Make a bucket; returns its URI."""
@@ -84,16 +86,18 @@ def s3_server(aws_environment) -> Iterator[S3Server]:
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints each request
-    application, requests = DomainDispatcherApplication(create_backend_app), []
+    application, requests, meanwhile = DomainDispatcherApplication(create_backend_app), [], {}
 
     def recorded(environ, start_response):
         requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE", "")))
+        if environ["REQUEST_METHOD"] == "GET":
+            meanwhile.pop(environ["PATH_INFO"], lambda: None)()
         return application(environ, start_response)
 
     server = make_server("127.0.0.1", 0, recorded, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield S3Server(f"http://127.0.0.1:{server.server_port}", requests)
+    yield S3Server(f"http://127.0.0.1:{server.server_port}", requests, meanwhile)
     server.shutdown()
     thread.join()
 

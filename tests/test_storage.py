@@ -51,6 +51,16 @@ def test_a_second_write_replaces_the_first(folder):
     assert folder.names() == ["a"]
 
 
+@pytest.mark.parametrize("later", [b'{"step": 7}', b'{"step": 12, "kind": "safety"}'], ids=["shorter", "longer"])
+def test_a_file_that_is_replaced_while_it_is_read_comes_as_the_old_or_the_new_one(s3, s3_server, tmp_path, later):
+    folder = Folder(s3).child(tmp_path.name)
+    folder.write("state.json", b'{"step": null, "kind": 1}')
+    path = f"tests/{tmp_path.name}/state.json"
+    s3_server.meanwhile[f"/{path}"] = lambda: s3_server.put(path, later)
+    assert folder.read("state.json") == later
+    assert not s3_server.meanwhile
+
+
 def test_a_file_of_several_upload_parts_comes_back_whole(folder):
     data = os.urandom(1 << 20)
     folder.write("big", [data] * 12)  # pyarrow sends 10 MiB at a time
