@@ -13,7 +13,7 @@ from queue import Full, Queue
 from typing import Any
 
 from ray_pipeline.monitoring.events import Event
-from ray_pipeline.monitoring.metrics_file import MetricsFile, metrics_path
+from ray_pipeline.monitoring.metrics_file import MetricsFile, metrics_path, metrics_sizes
 from ray_pipeline.monitoring.sink import PictureLost, Sink, SinkContext
 from ray_pipeline.monitoring.sinks import open_sink
 
@@ -44,12 +44,12 @@ class EventLog:
         resume_step: int | None = None,
     ):
         self._troubles: list[str] = []
-        self._path, self._file = metrics_path(run_dir), None
+        self._path, self._file, sizes = metrics_path(run_dir), None, {}
         try:
-            self._file = MetricsFile(run_dir, phase, resume_step)
+            self._file, sizes = MetricsFile(run_dir, phase, resume_step), metrics_sizes(run_dir)
         except OSError as error:
             self._switch_off(error)
-        context = SinkContext(Path(run_dir), phase, config or {}, resume_step)
+        context = SinkContext(Path(run_dir), phase, config or {}, resume_step, sizes)
         self._channels = [_Channel(name, lambda name=name: open_sink(name, context), self._trouble) for name in sinks]
 
     def emit(self, event: Event) -> None:

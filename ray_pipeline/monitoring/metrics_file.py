@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,14 +36,22 @@ def metrics_files(run_dir: str | Path) -> list[Path]:
     return [path] if path.exists() else sorted(path.with_suffix("").glob("*.jsonl"))
 
 
-def read_events(run_dir: str | Path, phase: str | None = None, event: str | None = None) -> list[dict]:
+def metrics_sizes(run_dir: str | Path) -> dict[Path, int]:
+    """Bytes of each of `metrics_files` now."""
+    return {path: path.stat().st_size for path in metrics_files(run_dir)}
+
+
+def read_events(
+    run_dir: str | Path, phase: str | None = None, event: str | None = None, sizes: Mapping[Path, int] | None = None
+) -> list[dict]:
     """The records of a run in the order written, non-finite floats restored; [] when there are none yet.
 
-    A last line torn by a kill is left out; a damaged line elsewhere is left out with a warning.
+    A last line torn by a kill is left out; a damaged line elsewhere is left out with a warning. sizes: without what was
+    appended since `metrics_sizes` gave them.
     """
     return [
         record
-        for _, record in _told(run_dir, phase)
+        for _, record in _told(run_dir, phase, sizes)
         if phase in (None, record.get("phase")) and event in (None, record.get("event"))
     ]
 
@@ -58,12 +66,12 @@ class _Parsed:
     digest: bytes = hashlib.sha256().digest()
     told: tuple[tuple[bytes, dict], ...] = ()
 
-    def read_on(self, path: Path) -> _Parsed:
-        """As the file is now; only what was appended is parsed."""
-        data = path.read_bytes()
+    def read_on(self, path: Path, most: int | None = None) -> _Parsed:
+        """As the file is now, up to so many bytes; only what was appended is parsed."""
+        data = path.read_bytes()[:most]
         data = data[: data.rfind(b"\n") + 1]
         if hashlib.sha256(data[: self.size]).digest() != self.digest:  # a resume has cut it
-            return _Parsed().read_on(path)
+            return _Parsed().read_on(path, most)
         told, number = list(self.told), self.lines
         for number, line in enumerate(whole_lines(data[self.size :]), start=self.lines + 1):
             record = parse_line(line)
@@ -89,9 +97,12 @@ class MetricsReader:
         return [record for _, record in _joined(self._files.values())]
 
 
-def _told(run_dir: str | Path, phase: str | None = None) -> list[tuple[bytes, dict]]:
+def _told(
+    run_dir: str | Path, phase: str | None = None, sizes: Mapping[Path, int] | None = None
+) -> list[tuple[bytes, dict]]:
     """Lines that hold, with their records, at least those of a phase."""
-    return _joined((_Parsed().read_on(path) for path in metrics_files(run_dir)), phase)
+    sizes = dict.fromkeys(metrics_files(run_dir)) if sizes is None else sizes
+    return _joined((_Parsed().read_on(path, most) for path, most in sizes.items()), phase)
 
 
 def _joined(files: Iterable[_Parsed], phase: str | None = None) -> list[tuple[bytes, dict]]:

@@ -26,12 +26,14 @@ from ray_pipeline.sweep_records import FOLDER
 @dataclass(frozen=True)
 class SinkContext:
     """Whose events come. config: the run's, as plain values; resume_step: events up to this step were told to earlier
-    attempts, which may have told of later ones too; None: there was none."""
+    attempts, which may have told of later ones too; None: there was none. sizes: of the files of records, before the
+    first event."""
 
     run_dir: Path
     phase: str
     config: Mapping[str, Any] = field(default_factory=dict)
     resume_step: int | None = None
+    sizes: Mapping[Path, int] = field(default_factory=dict)
 
     @property
     def run_name(self) -> str:
@@ -42,7 +44,8 @@ class SinkContext:
 
     def recorded(self) -> Iterator[Event]:
         """Events with numbers that earlier attempts recorded and that still hold, and all of their faults."""
-        for record in read_events(self.run_dir, self.phase) if self.resume_step is not None else ():
+        records = read_events(self.run_dir, self.phase, sizes=self.sizes) if self.resume_step is not None else ()
+        for record in records:
             has_numbers = record["event"] in ("step", "validation", "checkpoint")
             if record["event"] == "fault" or (has_numbers and record["step"] <= self.resume_step):
                 yield from_record(record)

@@ -196,10 +196,10 @@ def test_after_a_kill_and_a_resume_tensorboard_has_every_point_of_the_records_on
 def test_no_reader_of_tensorboard_shows_what_a_killed_attempt_told_after_the_resume_step_but_its_faults(tmp_path):
     config = parse_config({"phases": [{"name": PHASE, "epochs": 2}]}).dump()
     with EventLog(tmp_path, PHASE, ("tensorboard",), config=config, resume_step=-1) as log:
+        log.emit(FaultEvent(PHASE, 20, "save", "the disk is nearly full"))  # the sink has not read the records yet
         for event in events(1, 43):
             log.emit(event)
         log.emit(PhaseEvent(PHASE, "stopped", 43, "stopped after step 43"))
-        log.emit(FaultEvent(PHASE, 20, "save", "the disk is nearly full"))
         log.emit(FaultEvent(PHASE, 41, "save", "the disk is full"))
     folder = tmp_path / "logs" / "tensorboard" / PHASE
     (first,) = folder.iterdir()
