@@ -27,8 +27,8 @@ from ray_pipeline.run_copy import run_path
 
 _POLL_SECONDS = 0.5
 #: between two drawings of the newest chart at least; and so many times as long as the charts took, so that they take at
-#: most 0.5 %, or what those of kept epochs take, which are drawn at once
-_PAUSE_SECONDS, _PAUSE_FACTOR = 20.0, 200
+#: most 0.25 %, or what those of kept epochs take, which are drawn at once
+_PAUSE_SECONDS, _PAUSE_FACTOR = 20.0, 400
 _LEAST_PRIORITY = 19
 _BEGUN = ("started", "resumed")
 

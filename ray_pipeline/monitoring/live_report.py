@@ -18,8 +18,8 @@ from ray_pipeline.sweep_records import sweep_folder
 _POLL_SECONDS = 1.0
 #: between two pages at least
 _PAUSE_SECONDS = 20.0
-#: and so many times as long as one takes, so that all of them take at most 0.5 %
-_PAUSE_FACTOR = 200
+#: and so many times as long as one takes, so that all of them take at most 0.25 %
+_PAUSE_FACTOR = 400
 #: a page that is older is marked: the command lives, though the run's records are the same or the next page is not due
 _ALIVE_SECONDS = 600.0
 _LEAST_PRIORITY = 19
