@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from ray_pipeline.config import Config
 from ray_pipeline.json_lines import parse_line
@@ -138,6 +139,9 @@ class Follower:
             self.progress.update(record["step"], at=told, val=record["loss"])
 
     def _draw(self, what: str, until: int | None) -> None:
+        if not (self.config.monitoring.plot_loss or self.config.monitoring.plot_lr):
+            return
+        self._guard(what, _plots)  # seconds, once: not what the next chart will take
         began = time.monotonic()
         self._guard(what, lambda: self._draw_chart(until))
         now = time.monotonic()
@@ -145,11 +149,7 @@ class Follower:
 
     def _draw_chart(self, until: int | None) -> None:
         """latest_progress.png, or the picture of a step that stays."""
-        from ray_pipeline.monitoring.plots import plot_progress  # a second of import, at the first picture
-
         monitoring = self.config.monitoring
-        if not (monitoring.plot_loss or monitoring.plot_lr):
-            return
         records = [record for record in self._reader.events() if record.get("phase") == self.phase]
         name = "latest_progress.png"
         if until is not None:
@@ -157,7 +157,7 @@ class Follower:
             name = f"training_progress_step_{until:08d}.png"
         path = self.run_dir / "plots" / self.phase / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        plot_progress(
+        _plots().plot_progress(
             records,
             path,
             title=self.phase,
@@ -180,3 +180,10 @@ class Follower:
             if what not in self._failed:
                 self._failed.add(what)
                 warnings.warn(f"{what}: {type(error).__name__}: {error}", stacklevel=2)
+
+
+def _plots() -> ModuleType:
+    """What draws charts, imported at the first of them."""
+    from ray_pipeline.monitoring import plots
+
+    return plots
