@@ -1,6 +1,6 @@
 """What all monitoring together costs a step: DiT-S/8 with every sink, charts and the report, and with none of them.
 
-    python benchmarks/monitoring.py [--epochs 120] [--rounds 2]
+    python benchmarks/monitoring.py [--epochs 160]
     python benchmarks/monitoring.py --control
 
 A machine's own pace changes by more than what is looked for, within minutes, and of two equal processes one may be
@@ -15,10 +15,10 @@ Nothing is learnt, so that no best epoch is saved: writing a checkpoint takes a 
 The time of validation and of drawing samples is left out (the config asks for them, at an epoch's end), what sinks do
 with the pictures is not.
 
-Prints a line a round, with the charts and pages drawn meanwhile, then the mean over all fours of epochs with its
+Prints the pace with and without, the charts and pages drawn meanwhile, and the mean over all fours of epochs with its
 standard error. Exits 1 where the mean is above 1 %, where two standard errors are (then it says nothing), and where no
-chart or no page came in any round. --control: nothing is monitored or switched, which shows what is found where there
-is nothing; it exits 0.
+chart or no page came. --control: nothing is monitored or switched, which shows what is found where there is nothing;
+it exits 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from itertools import pairwise
@@ -67,7 +66,7 @@ _DRAWN = {"charts": f"plots/{PHASE}/latest_progress.png", "pages": "report.html"
 _WATCHING = ("stoppable_pictures", "wandb-core", "wandb-symon")
 #: before those that are compared, at least: libraries are loaded, the first best epoch is saved
 _EPOCHS_BEFORE = 8
-#: of the phase than are compared; it is stopped before its end
+#: that the phase has beyond those that are compared; it is stopped before its end
 _EPOCHS_MORE = 1000
 
 
@@ -128,35 +127,30 @@ class Switched:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=120, help="with and without in a round; an even number")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=160, help="with, and as many without; an even number, 4 or more")
     parser.add_argument("--control", action="store_true", help="compare no monitoring with no monitoring")
     arguments = parser.parse_args()
-    shares: list[float] = []
-    drawn = dict.fromkeys(_DRAWN, 0)
+    if arguments.epochs < 4 or arguments.epochs % 2:
+        parser.error(f"--epochs is {arguments.epochs}: an even number of 4 or more is needed")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         simulate(work / "data", fields=25, seed=3, field_size=1024, tile_size=512, val_fraction=0.2)
         config = work / "config.yaml"
         config.write_text(_CONFIG.format(work=work, epochs=2 * arguments.epochs + _EPOCHS_MORE))
         install(work / "site")
-        for number in range(arguments.rounds):
-            settings = {f"monitoring.{key}": value for key, value in (_OFF if arguments.control else _ON).items()}
-            environment = {"PYTHONPATH": str(work / "site"), "WANDB_ERROR_REPORTING": "false"}
-            run = Switched(SmallRun(config, work / str(number), settings, environment), not arguments.control)
-            off, on, meanwhile = in_turn(run, arguments.epochs)
-            found = [sum(on[at : at + 2]) / sum(off[at : at + 2]) - 1 for at in range(0, arguments.epochs, 2)]
-            shares += found
-            drawn = {kind: drawn[kind] + count for kind, count in meanwhile.items()}
-            told = ", ".join(f"{count} {kind}" for kind, count in meanwhile.items())
-            pace = f"off {statistics.fmean(off):.4f} s a step, on {statistics.fmean(on):.4f}"
-            print(f"round {number + 1}: {pace}, {share(found)}; {told}", flush=True)
-    print(f"all monitoring: {share(shares)} of a step, in {len(shares)} fours of epochs")
+        settings = {f"monitoring.{key}": value for key, value in (_OFF if arguments.control else _ON).items()}
+        environment = {"PYTHONPATH": str(work / "site"), "WANDB_ERROR_REPORTING": "false"}
+        run = Switched(SmallRun(config, work / "run", settings, environment), not arguments.control)
+        off, on, drawn = in_turn(run, arguments.epochs)
+    shares = [sum(on[at : at + 2]) / sum(off[at : at + 2]) - 1 for at in range(0, arguments.epochs, 2)]
+    print(f"off {statistics.fmean(off):.4f} s a step, on {statistics.fmean(on):.4f}")
+    print(", ".join(f"{count} {kind}" for kind, count in drawn.items()))
+    mean, error = statistics.fmean(shares), statistics.stdev(shares) / sqrt(len(shares))
+    print(f"all monitoring: {100 * mean:+.2f} +- {100 * error:.2f} % of a step, in {len(shares)} fours of epochs")
     if arguments.control:
         return 0
     if blind := [kind for kind, count in drawn.items() if not count]:
         print(f"no {' and no '.join(blind)} came meanwhile: give it more --epochs")
-    mean, error = mean_and_error(shares)
     if 2 * error > _MOST:
         print("the error is too large to tell: give it more --epochs, and nothing else to run beside it")
     return 1 if max(mean, 2 * error) > _MOST or blind else 0
@@ -202,17 +196,6 @@ def in_turn(run: Switched, epochs: int) -> tuple[list[float], list[float], dict[
         [pair[not on] for pair, with_ in zip(seconds, order, strict=True) if with_ is on] for on in (False, True)
     )
     return off, on, meanwhile
-
-
-def mean_and_error(shares: Sequence[float]) -> tuple[float, float]:
-    """With its standard error."""
-    return statistics.fmean(shares), statistics.stdev(shares) / sqrt(len(shares))
-
-
-def share(shares: Sequence[float]) -> str:
-    """Their mean and its standard error in percent."""
-    mean, error = (100 * number for number in mean_and_error(shares))
-    return f"{mean:+.2f} +- {error:.2f} %"
 
 
 if __name__ == "__main__":
