@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,6 +29,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_pipeline.data.latents import LatentStore
 from ray_pipeline.data.mixture import Mixture
 from ray_pipeline.data.tile_source import TileSource
+
+if TYPE_CHECKING:
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 #: a chunk of stored latents holds about so much: a chunk costs Ray the same 30 ms of two cores whatever its size
 _CHUNK_BYTES = 64 * 2**20
@@ -36,6 +41,9 @@ _STORE_PARTS = 24
 _MIN_CHUNKS = 8
 #: chunks whose numbers one Ray task tells; every chunk is gathered by a task of its own, so that all actors have work
 _TASK_CHUNKS = 64
+
+#: shortest and longest rest of Ray Data's loop
+_REST_SECONDS = (0.001, 0.05)
 
 #: logical CPUs of an actor that gathers: where workers fill a node it must still find a place. One that runs the
 #: autoencoder takes more
@@ -118,6 +126,22 @@ class Gather:
         rows, simulated = s.mixture.rows(index)
         variants = plan.variants(index, s.source.variants)
         return {"index": index, **s.source.gather(rows, variants, s.hints, simulated)}
+
+
+class Rest(ExecutionCallback):
+    """Lets Ray Data's loop rest after turns that started and read nothing, longer each time. The loop waits for tasks
+    that have output, but where the object store's share is used up it does not read that output and would turn without
+    a pause: a thread of the training process that takes a whole core and Python's lock."""
+
+    def __init__(self):
+        self._done, self._seconds = -1, 0.0
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        metrics = [op.metrics for op in executor._topology]
+        done = sum(each.num_tasks_submitted + each.num_task_outputs_generated for each in metrics)
+        self._seconds = 0.0 if done != self._done else min(max(_REST_SECONDS[0], 2 * self._seconds), _REST_SECONDS[1])
+        self._done = done
+        time.sleep(self._seconds)
 
 
 def stream(settings: StreamSettings, first_step: int, last_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -208,6 +232,7 @@ def _data_context():
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # every row, which is a chunk, is a block of its own
     context.memory_usage_poll_interval_s = None
+    context.custom_execution_callback_classes.append(Rest)
     return ray.data.DataContext.current(context)
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import ray
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util import placement_group, remove_placement_group
 
 from ray_pipeline.data.latents import LatentStore
@@ -143,6 +144,7 @@ def context_values() -> tuple:
         context.enable_progress_bars,
         context.target_max_block_size,
         context.memory_usage_poll_interval_s,
+        tuple(context.custom_execution_callback_classes),
     )
 
 
@@ -240,6 +242,36 @@ def test_a_stream_that_gives_nothing_ends_in_words_after_its_time(ray_cluster, s
     ):
         list(batches)
     stuck.unlink()
+
+
+@pytest.fixture
+def turns(monkeypatch) -> list[float]:
+    """Times at which Ray Data's loop, in this process, has ended a turn."""
+    times = []
+
+    class Turns(ExecutionCallback):
+        def on_execution_step(self, executor) -> None:
+            times.append(time.monotonic())
+
+    classes = [*ray.data.DataContext.get_current().custom_execution_callback_classes, Turns]
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "custom_execution_callback_classes", classes)
+    return times
+
+
+def test_the_loop_of_ray_data_rests_where_output_may_not_be_read(ray_cluster, store, small_chunks, turns, monkeypatch):
+    # the share holds few of 1,000 chunks, and those that are gathered and not read would wake the loop without a pause
+    monkeypatch.setattr("ray_pipeline.data.stream._TASK_CHUNKS", 500)
+    options = ray.data.DataContext.get_current().execution_options
+    monkeypatch.setattr(options, "resource_limits", options.resource_limits.copy(object_store_memory=20_000))
+    with closing(stream(settings(store), 0, 2000)) as batches:
+        next(batches)
+        time.sleep(3)
+        begin = time.monotonic()
+        time.sleep(2)
+        ended = [turn for turn in turns if turn >= begin]
+        assert len(ended) < 100  # about 40; some 3,000 without a rest
+        for _ in range(200):
+            next(batches)
 
 
 def test_a_damaged_shard_is_named(ray_cluster, store, tmp_path):
