@@ -245,17 +245,17 @@ def test_a_stream_that_gives_nothing_ends_in_words_after_its_time(ray_cluster, s
 
 
 @pytest.fixture
-def turns(monkeypatch) -> list[float]:
-    """Times at which Ray Data's loop, in this process, has ended a turn."""
-    times = []
+def turns(monkeypatch) -> list[tuple[float, int]]:
+    """Turns of Ray Data's loop in this process: when each ended, and how many outputs of tasks were read by then."""
+    ended = []
 
     class Turns(ExecutionCallback):
         def on_execution_step(self, executor) -> None:
-            times.append(time.monotonic())
+            ended.append((time.monotonic(), sum(op.metrics.num_task_outputs_generated for op in executor._topology)))
 
     classes = [*ray.data.DataContext.get_current().custom_execution_callback_classes, Turns]
     monkeypatch.setattr(ray.data.DataContext.get_current(), "custom_execution_callback_classes", classes)
-    return times
+    return ended
 
 
 def test_the_loop_of_ray_data_rests_where_output_may_not_be_read(ray_cluster, store, small_chunks, turns, monkeypatch):
@@ -264,12 +264,17 @@ def test_the_loop_of_ray_data_rests_where_output_may_not_be_read(ray_cluster, st
     options = ray.data.DataContext.get_current().execution_options
     monkeypatch.setattr(options, "resource_limits", options.resource_limits.copy(object_store_memory=20_000))
     with closing(stream(settings(store), 0, 2000)) as batches:
-        next(batches)
-        time.sleep(3)
-        begin = time.monotonic()
-        time.sleep(2)
-        ended = [turn for turn in turns if turn >= begin]
-        assert len(ended) < 100  # about 40; some 3,000 without a rest
+        for _ in range(10):  # the first chunk is gathered without Ray Data
+            next(batches)
+        until = time.monotonic() + 120
+        while True:  # a busy machine takes its time to fill the share
+            time.sleep(4)
+            now, (_, read) = time.monotonic(), turns[-1]
+            if next(moment for moment, reads in turns if reads == read) < now - 3:
+                break
+            assert now < until, f"the share was never full: {read} outputs read"
+        assert read < 1000
+        assert sum(moment > now - 2 for moment, _ in turns) < 100  # about 40; some 3,000 without a rest
         for _ in range(200):
             next(batches)
 
