@@ -7,18 +7,18 @@ A machine's own pace changes by more than what is looked for, within minutes, an
 faster by as much. So one process trains, epochs of 10 steps in the order off, on, on, off. While monitoring is off, the
 sinks get no events, the processes of Weights & Biases are stopped, and so is the one that draws charts and the page as
 the command does (stoppable_pictures.py); what telling an event takes the training thread is then not counted either.
-Compared is the time between the records of steps, after one chart and one page: by then the libraries are loaded. What
-is found is rather too much: the events of all epochs are told to the sinks while they are on. Ray's agent, which serves
-metrics to Prometheus, is there in any Ray and runs on.
+Compared is the time between the records of steps, after one chart and one page: by then the libraries are loaded. The
+events of all epochs are told to the sinks while they are on, the last of an epoch in the validation that ends it. Ray's
+agent, which serves metrics to Prometheus, is there in any Ray and runs on.
 
 Nothing is learnt, so that no best epoch is saved: writing a checkpoint takes a core meanwhile, with monitoring or not.
 The time of validation and of drawing samples is left out (the config asks for them, at an epoch's end), what sinks do
 with the pictures is not.
 
 Prints the pace with and without, the charts and pages drawn meanwhile, and the mean over all fours of epochs with its
-standard error. Exits 1 where the mean is above 1 %, where two standard errors are (then it says nothing), and where no
-chart or no page came. --control: nothing is monitored or switched, which shows what is found where there is nothing;
-it exits 0.
+standard error. Exits 1 where the mean is above 1 %, where two standard errors are (then it says nothing), where no
+chart or no page came, and where a sink was given up or a process that watches is not there. --control: nothing is
+monitored or switched, which shows what is found where there is nothing; it exits 0.
 """
 
 from __future__ import annotations
@@ -84,20 +84,31 @@ class Switched:
         """Nothing where nothing is monitored."""
         if not self.monitored:
             return
+        found = {title: descendants(psutil.Process(), title) for title in _WATCHING}  # in both, as it takes time
+        if missing := [title for title, processes in found.items() if not processes]:
+            sys.exit(f"no process of {' and '.join(missing)} is there to be stopped")
         switch = self.run.folder / SWITCH
         switch.unlink(missing_ok=True) if on else switch.touch()
+        self.resume()
+        if not on:
+            self.stopped = [process for processes in found.values() for process in processes]
+        for process in self.stopped:
+            process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the processes go on that were stopped."""
         for process in self.stopped:
             with suppress(psutil.NoSuchProcess):  # the run has ended
                 process.send_signal(signal.SIGCONT)
         self.stopped = []
-        if not on:
-            self.stopped = [process for title in _WATCHING for process in descendants(psutil.Process(), title)]
-        for process in self.stopped:
-            process.send_signal(signal.SIGSTOP)
 
     def epochs(self) -> int:
         """That are recorded; the validation of one ends it, and that of the untrained network comes before them."""
         return sum(record["event"] == "validation" for record in self.reader.events()) - 1
+
+    def faults(self) -> list[str]:
+        """What went wrong, a sink that was given up among it."""
+        return [record["message"] for record in self.reader.events() if record["event"] == "fault"]
 
     def train_until(self, epochs: int) -> None:
         """And where it is monitored, until something of each kind was drawn."""
@@ -184,8 +195,11 @@ def in_turn(run: Switched, epochs: int) -> tuple[list[float], list[float], dict[
             run.train_until(begin + number)
         meanwhile = {kind: len(sizes) - before[kind] for kind, sizes in run.drawn.items()}
         seconds = run.step_seconds()[begin:][: 2 * epochs]
+        if faults := run.faults():
+            sys.exit("not what was to be measured: " + "; ".join(faults))
     finally:
-        run.switch(on=True)
+        (run.run.folder / SWITCH).unlink(missing_ok=True)
+        run.resume()
         if run.run.driver.poll() is None:
             run.run.driver.terminate()
             run.run.driver.wait()
